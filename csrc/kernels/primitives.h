@@ -1,0 +1,242 @@
+// Everything that touches the machine: CUDA headers and builtins, element types, launching. Kernels
+// include no other system header. SPLITKERN_HOST_EXECUTION selects a second implementation that runs
+// the same kernel source on the CPU, one thread after another, for the tests; it therefore has neither
+// barriers nor shared memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+
+#ifndef SPLITKERN_HOST_EXECUTION
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define SPLITKERN_DEVICE __device__ __forceinline__
+#define SPLITKERN_HOST_DEVICE __host__ __device__ inline
+
+namespace splitkern::kernels {
+
+using Dim3 = dim3;
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+SPLITKERN_DEVICE int64_t global_thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+SPLITKERN_DEVICE int64_t global_thread_count() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
+
+SPLITKERN_DEVICE float to_accumulator(float value) {
+  return value;
+}
+SPLITKERN_DEVICE double to_accumulator(double value) {
+  return value;
+}
+SPLITKERN_DEVICE float to_accumulator(Half value) {
+  return __half2float(value);
+}
+SPLITKERN_DEVICE float to_accumulator(BFloat16 value) {
+  return __bfloat162float(value);
+}
+
+template <class T>
+SPLITKERN_DEVICE T from_accumulator(double value);
+template <>
+SPLITKERN_DEVICE double from_accumulator<double>(double value) {
+  return value;
+}
+template <class T>
+SPLITKERN_DEVICE T from_accumulator(float value);
+template <>
+SPLITKERN_DEVICE float from_accumulator<float>(float value) {
+  return value;
+}
+template <>
+SPLITKERN_DEVICE Half from_accumulator<Half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+SPLITKERN_DEVICE BFloat16 from_accumulator<BFloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+SPLITKERN_DEVICE float multiply_add(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+SPLITKERN_DEVICE double multiply_add(double a, double b, double c) {
+  return __fma_rn(a, b, c);
+}
+
+// Throws for a failed call. Reading the error also clears it where CUDA lets it be cleared, so a
+// refused launch does not surface again in somebody else's next call.
+inline void check_cuda(cudaError_t error, const char* operation,
+                       std::source_location where = std::source_location::current()) {
+  if (error == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());
+  throw std::runtime_error(std::string(operation) + ": CUDA error " + cudaGetErrorName(error) + " (" +
+                           cudaGetErrorString(error) + ") at " + where.file_name() + ":" +
+                           std::to_string(where.line()));
+}
+
+// Params names its operator (kOperator), which the error carries.
+template <class Params>
+void launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Params& params, std::source_location where = std::source_location::current()) {
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes, stream),
+             Params::kOperator, where);
+}
+
+}  // namespace splitkern::kernels
+
+#else  // SPLITKERN_HOST_EXECUTION
+
+#include <bit>
+#include <cmath>
+
+#include "launchers.h"
+
+#define __global__
+#define __grid_constant__
+#define SPLITKERN_DEVICE inline
+#define SPLITKERN_HOST_DEVICE inline
+
+namespace splitkern::kernels {
+
+struct Dim3 {
+  unsigned x = 1;
+  unsigned y = 1;
+  unsigned z = 1;
+};
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct HostThread {
+  int64_t index;
+  int64_t count;
+};
+inline thread_local HostThread host_thread{0, 1};
+
+inline int64_t global_thread_index() {
+  return host_thread.index;
+}
+inline int64_t global_thread_count() {
+  return host_thread.count;
+}
+
+inline float to_accumulator(float value) {
+  return value;
+}
+inline double to_accumulator(double value) {
+  return value;
+}
+inline float to_accumulator(BFloat16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+inline float to_accumulator(Half value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t exponent = (value.bits >> 10) & 0x1fu;
+  const uint32_t mantissa = value.bits & 0x3ffu;
+  if (exponent == 0) {  // zero and subnormals: mantissa units of 2^-24
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
+  }
+  const uint32_t wide_exponent = exponent == 31 ? 255 : exponent + (127 - 15);
+  return std::bit_cast<float>(sign | (wide_exponent << 23) | (mantissa << 13));
+}
+
+template <class T>
+T from_accumulator(double value);
+template <>
+inline double from_accumulator<double>(double value) {
+  return value;
+}
+template <class T>
+T from_accumulator(float value);
+template <>
+inline float from_accumulator<float>(float value) {
+  return value;
+}
+// Both round to nearest, ties to even, as the device's conversions do.
+template <>
+inline BFloat16 from_accumulator<BFloat16>(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+inline Half from_accumulator<Half>(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t rounded;
+  if (magnitude > 0x7f800000u) {
+    rounded = 0x7fff;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    rounded = 0x7c00;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which adding 0.5 rounds to
+    rounded = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    rounded = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | rounded)};
+}
+
+inline float multiply_add(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+inline double multiply_add(double a, double b, double c) {
+  return std::fma(a, b, c);
+}
+
+// Threads run in descending order, so that a kernel that relies on an earlier thread shows it.
+template <class Params>
+void launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Params& params) {
+  if (shared_bytes != 0 || stream != nullptr || grid.y * grid.z * block.y * block.z != 1) {
+    throw std::runtime_error(std::string(Params::kOperator) +
+                             ": host execution takes one-dimensional launches without shared memory or stream");
+  }
+  const int64_t threads = static_cast<int64_t>(grid.x) * block.x;
+  for (int64_t index = threads - 1; index >= 0; --index) {
+    host_thread = {index, threads};
+    kernel(params);
+  }
+}
+
+}  // namespace splitkern::kernels
+
+#endif  // SPLITKERN_HOST_EXECUTION
+
+namespace splitkern::kernels {
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class T>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::Type;
+
+template <class Value>
+SPLITKERN_DEVICE bool is_nan(Value value) {
+  return value != value;
+}
+
+}  // namespace splitkern::kernels
