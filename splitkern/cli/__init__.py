@@ -1,0 +1,54 @@
+"""The command `splitkern`: arguments, and errors as one line. Heavy imports happen inside the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from splitkern.cli.common import UserError
+
+_COMMANDS = {
+    "train": "train an image classifier as a Split-CNN, and measure what that saves",
+    "doctor": "what this machine has, and which kernels splitkern uses on it",
+    "bench": "measure memory and time against the unsplit network",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="splitkern", description="Train CNNs as Split-CNNs, in less memory.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    try:
+        for name, text in _COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+            if name == command:
+                import_module(f"splitkern.cli.{name}").add_arguments(subparser)
+        options = parser.parse_args(arguments)
+        if options.version:
+            from splitkern import __version__
+
+            print(f"splitkern {__version__}")
+            return 0
+        if options.command is None:
+            parser.print_help()
+            return 0
+        return int(import_module(f"splitkern.cli.{options.command}").run(options))
+    except SystemExit as error:  # argparse has printed its message or the help
+        return error.code if isinstance(error.code, int) else EXIT_USER_ERROR
+    except UserError as error:
+        print(f"splitkern {command}: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt as error:
+        print(f"\nsplitkern: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output went away (| head). Python would complain again when it flushes at exit.
+        sys.stderr.close()
+        return 1

@@ -1,0 +1,241 @@
+"""`splitkern train`: trains a torchvision model as a Split-CNN and shows what that saves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitkern.cli.common import UserError, grid, integer, mib, number, require, table
+
+if TYPE_CHECKING:
+    from splitkern.training import Progress, RunResult, TrainOptions
+
+_MODELS = (
+    *(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")),
+    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+)
+_CHECKPOINTS = {"split": "checkpoint.pt", "unsplit": "baseline.pt"}
+_MODELS_TEXT = "vgg11, 13, 16, 19 (each also with _bn), resnet18, 34, 50, 101, 152"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `splitkern train`."""
+    parser.epilog = (
+        "Without arguments: ResNet-18 on scikit-learn's handwritten digits, split 2x2 until layer2 with recomputation. "
+        "Results go to the folder --out: results.json, live_bytes.png, checkpoint.pt (and baseline.pt)."
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--model", default="resnet18", metavar="NAME", choices=_MODELS, help=_MODELS_TEXT)
+    what.add_argument("--data", default="digits", choices=("digits", "cifar10", "imagenet-folder"),
+                      help="digits come with scikit-learn; the others must lie in --root")  # fmt: skip
+    what.add_argument("--root", type=Path, metavar="FOLDER",
+                      help="folder of the data: cifar-10-batches-py in it, or train/CLASS/*.jpg and val/CLASS/*.jpg")  # fmt: skip
+    what.add_argument("--image-size", type=integer(8), metavar="PIXELS",
+                      help="height and width (default: 64 digits, 32 cifar10, 224 imagenet-folder)")  # fmt: skip
+
+    split = parser.add_argument_group("how to split")
+    split.add_argument("--grid", type=grid, default=(2, 2), metavar="RxC", help="patches per axis (default 2x2)")
+    where = split.add_mutually_exclusive_group()
+    where.add_argument("--until", metavar="MODULE", help="last module of the split region (default: layer2, or a VGG's "
+                       "third pooling)")  # fmt: skip
+    where.add_argument("--depth", type=number(above=0, below=1.000001), metavar="SHARE",
+                       help="share of the window modules that is split, instead of --until")  # fmt: skip
+    split.add_argument("--boundary", default="zero", choices=("zero", "stochastic", "halo"))
+    split.add_argument("--wiggle", type=number(minimum=0, below=0.5), default=0.2, metavar="W",
+                       help="wiggle room of stochastic boundaries (default 0.2)")  # fmt: skip
+    split.add_argument("--norm", default="patch", choices=("patch", "image", "frozen"),
+                       help="how BatchNorm sees patches (default patch)")  # fmt: skip
+    split.add_argument("--order", default="patch", choices=("patch", "layer"))
+    split.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=None,
+                       help="recompute a patch's activations in backward (default: yes with --order patch)")  # fmt: skip
+    split.add_argument("--evaluation", default="unsplit", choices=("unsplit", "split"), help="how the test set is seen")
+    split.add_argument("--no-split", action="store_true", help="train the unsplit model only")
+    split.add_argument("--compare", action="store_true", help="also train the unsplit model, from the same weights")
+
+    how = parser.add_argument_group("how to train")
+    how.add_argument("--epochs", type=integer(1), default=4, metavar="N", help="default 4, enough for the digits")
+    how.add_argument("--batch", type=integer(1), default=64, metavar="N", help="images per step (default 64)")
+    how.add_argument("--lr", type=number(above=0), default=0.05, metavar="RATE",
+                     help="peak of the one-cycle learning rate (default 0.05)")  # fmt: skip
+    how.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="autocast type")
+    how.add_argument("--memory-format", default="contiguous", choices=("contiguous", "channels_last"))
+    how.add_argument("--seed", type=integer(0), default=0, metavar="N")
+    how.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    how.add_argument("--workers", type=integer(0), default=0, metavar="N", help="processes that read images (default 0)")
+
+    output = parser.add_argument_group("results")
+    output.add_argument("--out", type=Path, default=Path("splitkern-output"), metavar="FOLDER",
+                        help="default: splitkern-output")  # fmt: skip
+    output.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any")
+    output.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, writes the results and prints them."""
+    if args.no_split and args.compare:
+        raise UserError("--compare needs a split model beside the baseline, so it excludes --no-split")
+    require("torchvision", "tqdm", "matplotlib", *(["sklearn"] if args.data == "digits" else []))
+    import torch
+
+    from splitkern.training import CheckpointError, DataError, OptionsError, SplitOptions, TrainOptions, default_until
+    from splitkern.training.data import DEFAULT_IMAGE_SIZE
+
+    until = args.until if args.until or args.depth else default_until(args.model)
+    recompute = args.order == "patch" if args.recompute is None else args.recompute
+    split = SplitOptions(
+        grid=args.grid, until=until, depth=args.depth, boundary=args.boundary, wiggle=args.wiggle,
+        norm=args.norm, order=args.order, recompute=recompute, evaluation=args.evaluation,
+    )  # fmt: skip
+    options = TrainOptions(
+        model=args.model, data=args.data, image_size=args.image_size or DEFAULT_IMAGE_SIZE[args.data],
+        batch=args.batch, epochs=args.epochs, lr=args.lr, precision=args.precision, seed=args.seed,
+        memory_format=args.memory_format, workers=args.workers,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        split=None if args.no_split else split,
+    )  # fmt: skip
+    try:
+        results = _train_all(args, options)
+        record = _write(args.out, options, results)
+    except (OptionsError, DataError, CheckpointError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if args.json:
+        print(json.dumps(record, indent=2))
+    else:
+        print(_table(results))
+        print(f"\nin {args.out}: live_bytes.png, results.json, {', '.join(_CHECKPOINTS[name] for name in results)}")
+    return 0
+
+
+def _train_all(args: argparse.Namespace, options: TrainOptions) -> dict[str, RunResult]:
+    """The runs, unsplit first where both were made."""
+    from splitkern.training import load_data, train
+    from splitkern.training.loop import check_options
+
+    check_options(options)
+    data = load_data(options.data, image_size=options.image_size, root=args.root)
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs = {"split" if options.split else "unsplit": options}
+    if args.compare:
+        runs["unsplit"] = replace(options, split=None)
+    results = {}
+    for name, run_options in runs.items():
+        checkpoint = args.out / _CHECKPOINTS[name]
+        bar = _progress_bar(name)
+        if args.resume and not checkpoint.exists():
+            print(f"{checkpoint} isn't there yet: the {name} run begins at the beginning", file=sys.stderr)
+        try:
+            results[name] = train(run_options, data, checkpoint=checkpoint, resume=args.resume, progress=bar)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_resume_hint(checkpoint)) from None
+        finally:
+            bar.end()
+    return dict(sorted(results.items(), reverse=True))
+
+
+def _resume_hint(checkpoint: Path) -> str:
+    if not checkpoint.exists():
+        return "no epoch was finished, so there is no checkpoint yet"
+    return f"the last finished epoch is in {checkpoint}; go on with the same command and --resume"
+
+
+def _progress_bar(name: str) -> Progress:
+    """A bar on a terminal; elsewhere one line per epoch. Both on stderr, so that stdout is the results alone."""
+    from tqdm import tqdm
+
+    from splitkern.training import Progress
+
+    class Bar(Progress):
+        def begin(self, epochs: int, steps: int, first_epoch: int) -> None:
+            self._epochs = epochs
+            self._tqdm = tqdm(
+                total=epochs * steps, initial=first_epoch * steps, desc=f"{name:7}", unit="step", disable=None
+            )
+
+        def step(self, loss: float) -> None:
+            self._tqdm.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self._tqdm.update()
+
+        def epoch(self, epoch: int, loss: float, accuracy: float) -> None:
+            text = f"{name:7} epoch {epoch}/{self._epochs}: loss {loss:.4f}, test accuracy {accuracy:.2%}"
+            tqdm.write(text, file=sys.stderr)
+
+        def end(self) -> None:
+            if hasattr(self, "_tqdm"):
+                self._tqdm.close()
+
+    return Bar()
+
+
+def _write(folder: Path, options: TrainOptions, results: dict[str, RunResult]) -> dict[str, Any]:
+    """Writes results.json and live_bytes.png; returns what went into results.json."""
+    import torch
+
+    from splitkern.plot import Curve, plot_live_bytes
+
+    curves = [Curve(name, result.timeline, result.backward_ms) for name, result in results.items()]
+    size = options.image_size
+    title = f"{options.model}, batch {options.batch}, {size}×{size}, {options.data}"
+    if options.split is not None:
+        rows, columns = options.split.grid
+        where = options.split.until or f"depth {options.split.depth:g}"
+        title += f", grid {rows}×{columns} until {where}, order {options.split.order}"
+        title += ", recomputed" if options.split.recompute else ""
+    plot_live_bytes(folder / "live_bytes.png", curves, title=title)
+    record: dict[str, Any] = {
+        "options": asdict(options),
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "cpu",
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "results": {name: result.summary() for name, result in results.items()},
+    }
+    if len(results) == 2:
+        unsplit, split = results["unsplit"], results["split"]
+        record["split_to_unsplit"] = {
+            "peak_bytes": split.peak_bytes / unsplit.peak_bytes,
+            "total_peak_bytes": split.total_peak_bytes / unsplit.total_peak_bytes,
+            "median_step_ms": split.median_step_ms / unsplit.median_step_ms,
+        }
+    temporary = folder / "results.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, folder / "results.json")
+    return record
+
+
+def _table(results: dict[str, RunResult]) -> str:
+    runs = list(results.values())
+    rows = [
+        ["test accuracy", *(f"{run.accuracy[-1]:.2%}" for run in runs)],
+        ["peak live bytes of a step", *(mib(run.peak_bytes) for run in runs)],
+        ["  with parameter gradients", *(mib(run.total_peak_bytes) for run in runs)],
+        ["  beside it: parameters", *(mib(run.parameter_bytes) for run in runs)],
+        ["  beside it: input batch", *(mib(run.input_bytes) for run in runs)],
+        ["step time, median", *(f"{run.median_step_ms:.1f} ms" for run in runs)],
+    ]
+    if any(run.device_peak_bytes is not None for run in runs):
+        rows.insert(5, ["max_memory_allocated", *(mib(run.device_peak_bytes or 0) for run in runs)])
+    header = ["", *results]
+    if len(runs) == 2:
+        header.append("split/unsplit")
+        unsplit, split = runs
+        ratios = [
+            "",
+            f"{split.peak_bytes / unsplit.peak_bytes:.3f}",
+            f"{split.total_peak_bytes / unsplit.total_peak_bytes:.3f}",
+            "",
+            "",
+            f"{split.median_step_ms / unsplit.median_step_ms:.3f}",
+        ]
+        if len(rows) == 7:
+            ratios.insert(5, f"{(split.device_peak_bytes or 0) / (unsplit.device_peak_bytes or 1):.3f}")
+        rows = [[*row, ratio] for row, ratio in zip(rows, ratios, strict=True)]
+    return table(header, rows)

@@ -1,0 +1,73 @@
+"""Checkpoints of `splitkern train`: one file, written whole or not at all, read with `weights_only=True`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FORMAT = "splitkern-train"
+_VERSION = 1
+_KEYS = ("arguments", "split", "epoch", "model", "optimizer", "scheduler", "scaler", "rng", "record")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` so that `path` holds either the old checkpoint or the new one, also after a kill.
+
+    Args:
+        path: the file.
+        state: tensors, numbers, strings, and lists, tuples and dicts of them, under the keys of a training run.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"format": _FORMAT, "version": _VERSION, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU without running any code from it.
+
+    Raises:
+        CheckpointError: for a file that is missing, truncated or from something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load raises many types for damaged input
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} is damaged or not a splitkern checkpoint: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise CheckpointError(f"checkpoint {path} was not written by splitkern train")
+    if state.get("version") != _VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format version {state.get('version')}, this splitkern reads version {_VERSION}"
+        )
+    missing = [key for key in _KEYS if key not in state]
+    if missing:
+        raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
+    return state
+
+
+def describe_difference(saved: dict[str, Any], given: dict[str, Any]) -> tuple[str, str] | None:
+    """Where two configurations differ, as "name=value" lists of the saved and the given one (None: nowhere)."""
+    names = [name for name in {**saved, **given} if saved.get(name) != given.get(name)]
+    if not names:
+        return None
+    return (
+        ", ".join(f"{name}={_text(saved.get(name))}" for name in names),
+        ", ".join(f"{name}={_text(given.get(name))}" for name in names),
+    )
+
+
+def _text(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,388 @@
+"""The training loop of `splitkern train`: builds a torchvision model, splits it, trains it, measures it.
+
+A run is a function of its options alone: the same options give the same weights, also across a kill and a resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from splitkern.memory.live_bytes import LiveBytes
+from splitkern.training.checkpoint import CheckpointError, describe_difference, load_checkpoint, save_checkpoint
+from splitkern.training.data import Batch, ImageData
+
+MODEL_NAMES = (
+    *(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")),
+    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+)
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PARAMETER_GRADIENTS = "parameter gradients"
+
+
+class OptionsError(ValueError):
+    """Options that don't work, alone or together, or with this model or machine."""
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Arguments of `splitkern.split_`; exactly one of `until` and `depth` is given."""
+
+    grid: tuple[int, int] = (2, 2)
+    until: str | None = None
+    depth: float | None = None
+    boundary: str = "zero"
+    wiggle: float = 0.2
+    norm: str | None = "patch"
+    order: str = "patch"
+    recompute: bool = True
+    evaluation: str = "unsplit"
+
+    def keywords(self) -> dict[str, Any]:
+        """As keyword arguments of `split_`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What determines a run. `split` None trains the unsplit model."""
+
+    model: str = "resnet18"
+    data: str = "digits"
+    image_size: int = 64
+    batch: int = 64
+    epochs: int = 4
+    lr: float = 0.05
+    weight_decay: float = 5e-4
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+    seed: int = 0
+    device: str = "cpu"
+    workers: int = 0
+    split: SplitOptions | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The options on which the weights depend, apart from the split, in types that a checkpoint can hold."""
+        values = dataclasses.asdict(self)
+        for name in ("split", "workers", "device"):
+            del values[name]
+        return values
+
+
+@dataclass
+class RunResult:
+    """What a run measured.
+
+    Attributes:
+        accuracy: test accuracy after every epoch, 0 to 1.
+        loss: mean training loss of every epoch.
+        step_ms: duration of every training step but the measured one, in milliseconds.
+        peak_bytes: peak live bytes of one training step, activations and their gradients.
+        total_peak_bytes: the same with the parameters' gradients.
+        parameter_bytes, gradient_bytes, input_bytes: the parameters, their gradients and the input batch.
+        device_peak_bytes: `max_memory_allocated` of the measured step (CUDA only).
+        timeline: (ms since the step's begin, live bytes) over the measured step.
+        backward_ms: where in it the backward pass begins.
+    """
+
+    accuracy: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    total_peak_bytes: int = 0
+    parameter_bytes: int = 0
+    gradient_bytes: int = 0
+    input_bytes: int = 0
+    device_peak_bytes: int | None = None
+    timeline: list[tuple[float, int]] = field(default_factory=list)
+    backward_ms: float = 0.0
+
+    @property
+    def median_step_ms(self) -> float:
+        """Median duration of a training step, in milliseconds."""
+        return median(self.step_ms) if self.step_ms else float("nan")
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the timeline, for JSON."""
+        values = dataclasses.asdict(self)
+        del values["timeline"], values["step_ms"], values["backward_ms"]
+        return {**values, "test_accuracy": self.accuracy[-1], "median_step_ms": self.median_step_ms}
+
+
+class Progress:
+    """What `train` tells while it runs; the base class says nothing."""
+
+    def begin(self, epochs: int, steps: int, first_epoch: int) -> None:
+        """A run begins: `steps` per epoch, of which the epochs before `first_epoch` are done."""
+
+    def step(self, loss: float) -> None:
+        """A step is done."""
+
+    def epoch(self, epoch: int, loss: float, accuracy: float) -> None:
+        """An epoch, counted from 1, is done and its checkpoint written."""
+
+    def end(self) -> None:
+        """The run is done."""
+
+
+def default_until(model_name: str) -> str:
+    """Where the split region ends unless told: layer2 of a ResNet, the third pooling of a VGG."""
+    if model_name.startswith("resnet"):
+        return "layer2"
+    model = build_model(model_name, class_count=2, device="meta")
+    assert isinstance(model.features, nn.Sequential)
+    poolings = [name for name, module in model.features.named_children() if isinstance(module, nn.MaxPool2d)]
+    return f"features.{poolings[2]}"
+
+
+def build_model(model_name: str, *, class_count: int, device: str = "cpu") -> nn.Module:
+    """A torchvision model with random weights."""
+    from torchvision import models
+
+    if model_name not in MODEL_NAMES:
+        raise ValueError(f"model must be one of {', '.join(MODEL_NAMES)}, got {model_name!r}")
+    with torch.device(device):
+        model: nn.Module = models.get_model(model_name, weights=None, num_classes=class_count)
+    return model
+
+
+def check_options(options: TrainOptions) -> None:
+    """Raises OptionsError for options that cannot work together on this machine."""
+    if options.precision not in PRECISIONS:
+        raise OptionsError(f"precision must be one of {', '.join(PRECISIONS)}, got {options.precision!r}")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise OptionsError(f"device must be cpu, cuda or cuda:N, got {options.device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise OptionsError(f"device must be cpu, cuda or cuda:N, got {options.device!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionsError(f"device {options.device} is asked for, but torch finds no GPU (splitkern doctor says more)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionsError(f"device {options.device} is asked for, but there are {torch.cuda.device_count()} GPUs")
+    if options.precision == "fp16" and device.type == "cpu":
+        raise OptionsError("precision fp16 needs a GPU (gradients are scaled on the device); on the CPU use bf16 or fp32")
+    for name in ("image_size", "batch", "epochs"):
+        if getattr(options, name) < 1:
+            raise OptionsError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if not options.lr > 0:
+        raise OptionsError(f"lr must be above 0, got {options.lr}")
+    if options.model not in MODEL_NAMES:
+        raise OptionsError(f"model must be one of {', '.join(MODEL_NAMES)}, got {options.model!r}")
+    images = torch.empty(2, 3, options.image_size, options.image_size, device="meta")
+    try:
+        build_model(options.model, class_count=2, device="meta")(images)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise OptionsError(f"{options.model} takes no images of {options.image_size} pixels: {reason}") from error
+
+
+class _Run:
+    """State of one run: everything that a checkpoint carries."""
+
+    def __init__(self, options: TrainOptions, data: ImageData) -> None:
+        self.options = options
+        self.data = data
+        self.device = torch.device(options.device)
+        self.result = RunResult()
+        self.epoch = 0
+        torch.manual_seed(options.seed)
+        random.seed(options.seed)
+        model = build_model(options.model, class_count=data.class_count)
+        self.model = model.to(self.device, memory_format=MEMORY_FORMATS[options.memory_format])  # type: ignore[call-overload]
+        if options.split is not None:
+            from splitkern import split_
+
+            example = torch.zeros(2, 3, options.image_size, options.image_size, device=self.device)
+            try:
+                split_(self.model, self._format(example), **options.split.keywords())
+            except (ValueError, TypeError) as error:
+                raise OptionsError(str(error)) from error
+        # Splitting may draw; the runs with and without it shall draw the same from here on.
+        torch.manual_seed(options.seed)
+        self.steps = len(data.train_batches(options.batch, seed=options.seed, epoch=0))
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
+        )
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=options.lr, total_steps=self.steps * options.epochs + 1, pct_start=0.3
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+
+    def split_config(self) -> dict[str, Any] | None:
+        if self.options.split is None:
+            return None
+        from splitkern import config_of
+
+        return dict(config_of(self.model))
+
+    def state(self) -> dict[str, Any]:
+        rng: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "arguments": self.options.identity(),
+            "split": self.split_config(),
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng,
+            "record": dataclasses.asdict(self.result),
+        }
+
+    def restore(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        # Two comparisons, because the split configuration is the one that must travel with the weights.
+        difference = describe_difference(
+            {"split": None} if state["split"] is None else state["split"],
+            {"split": None} if self.options.split is None else self.split_config() or {},
+        )
+        if difference is not None:
+            raise CheckpointError(
+                f"checkpoint {path} was trained with the split {difference[0]}; these arguments ask for {difference[1]}"
+            )
+        difference = describe_difference(state["arguments"], self.options.identity())
+        if difference is not None:
+            raise CheckpointError(
+                f"checkpoint {path} was trained with {difference[0]}; these arguments ask for {difference[1]}"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.result = RunResult(**state["record"])
+            self.epoch = int(state["epoch"])
+            torch.set_rng_state(state["rng"]["torch"])
+            random.setstate(state["rng"]["python"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"checkpoint {path} does not fit this model: {reason}") from error
+
+    def train_epoch(self, progress: Progress) -> float:
+        self.model.train()
+        options = self.options
+        batches = self.data.train_batches(
+            options.batch, seed=options.seed, epoch=self.epoch, workers=options.workers
+        )
+        # The second step: the first one also allocates the optimizer's state.
+        measured = min(1, self.steps - 1) if not self.result.timeline else -1
+        losses = []
+        for index, batch in enumerate(batches):
+            images, classes = self._to_device(batch)
+            begin = time.perf_counter()
+            loss = self._measured_step(images, classes) if index == measured else self._step(images, classes)
+            losses.append(loss)
+            if index != measured:
+                self.result.step_ms.append((time.perf_counter() - begin) * 1e3)
+            progress.step(loss)
+        return sum(losses) / max(1, len(losses))
+
+    def evaluate(self) -> float:
+        self.model.eval()
+        right = count = 0
+        with torch.inference_mode():
+            for batch in self.data.test_batches(self.options.batch, workers=self.options.workers):
+                images, classes = self._to_device(batch)
+                with self._autocast():
+                    scores = self.model(images)
+                right += int((scores.argmax(1) == classes).sum())
+                count += len(classes)
+        return right / max(1, count)
+
+    def _step(self, images: torch.Tensor, classes: torch.Tensor, live: LiveBytes | None = None) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = functional.cross_entropy(self.model(images), classes)
+        if live is not None:
+            live.mark("backward")
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if live is not None:
+            live.assign(PARAMETER_GRADIENTS, (parameter.grad for parameter in self.model.parameters()))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        value = loss.item()  # also waits for the device, so that a step's time is the step's
+        return float(value)
+
+    def _measured_step(self, images: torch.Tensor, classes: torch.Tensor) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with LiveBytes() as live:
+            loss = self._step(images, classes, live)
+        result = self.result
+        if self.device.type == "cuda":
+            result.device_peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        result.peak_bytes = live.peak_bytes
+        result.total_peak_bytes = live.peak_of()
+        result.gradient_bytes = live.peak_of(PARAMETER_GRADIENTS)
+        result.parameter_bytes = sum(p.untyped_storage().nbytes() for p in self.model.parameters())
+        result.input_bytes = images.untyped_storage().nbytes()
+        result.timeline = [(sample.offset_ms, sample.live_bytes) for sample in live.timeline("activations")]
+        result.backward_ms = live.marks[0][0]
+        return loss
+
+    def _to_device(self, batch: Batch) -> Batch:
+        images, classes = batch
+        return self._format(images.to(self.device)), classes.to(self.device)
+
+    def _format(self, images: torch.Tensor) -> torch.Tensor:
+        return images.contiguous(memory_format=MEMORY_FORMATS[self.options.memory_format])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = PRECISIONS[self.options.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+
+def train(
+    options: TrainOptions,
+    data: ImageData,
+    *,
+    checkpoint: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Trains a model and writes a checkpoint at the end of every epoch.
+
+    Args:
+        options: what to train and how.
+        data: the images.
+        checkpoint: file of the checkpoint, in a folder that exists.
+        resume: go on from `checkpoint` if it exists.
+        progress: told of steps and epochs.
+
+    Raises:
+        OptionsError: for options that cannot work; the text of `split_` where it refuses.
+        CheckpointError: for a checkpoint that is damaged or belongs to other options.
+    """
+    check_options(options)
+    progress = progress or Progress()
+    run = _Run(options, data)
+    if resume and checkpoint.exists():
+        run.restore(checkpoint)
+    progress.begin(options.epochs, run.steps, run.epoch)
+    while run.epoch < options.epochs:
+        loss = run.train_epoch(progress)
+        accuracy = run.evaluate()
+        run.epoch += 1
+        run.result.loss.append(loss)
+        run.result.accuracy.append(accuracy)
+        save_checkpoint(checkpoint, run.state())
+        progress.epoch(run.epoch, loss, accuracy)
+    progress.end()
+    return run.result
