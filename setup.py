@@ -1,0 +1,138 @@
+"""Builds the native library by calling CMake (CMakeLists.txt defines the build) and packs it as ``splitkern/_ops.so``.
+
+The library holds no Python symbol and uses only torch's stable ABI, so one wheel serves every supported Python and
+torch: it is tagged ``py3-none-<platform>``.
+
+Read from the environment, at build time only: ``CUDA_HOME``, ``CC``, ``CXX``, ``CUDACXX``, ``CMAKE_ARGS`` (more
+arguments for CMake, e.g. ``-DSPLITKERN_CUDA=OFF`` or ``-DCMAKE_CUDA_ARCHITECTURES=90a-real``) and
+``CMAKE_BUILD_PARALLEL_LEVEL``.
+"""
+
+import fcntl
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"splitkern: the build needs setuptools 77 or newer, got {setuptools.__version__}: "
+        "pip install 'setuptools>=77,<82'"
+    )
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+BUILD = ROOT / "build"
+
+
+def find_tool(name: str) -> str:
+    """Returns the path of cmake or ninja, from the Python package of that name, else from the PATH."""
+    spec = importlib.util.find_spec(name)
+    candidates = [Path(sys.prefix) / "bin" / name]
+    if spec is not None and spec.origin is not None:
+        candidates.append(Path(spec.origin).parent / "data" / "bin" / name)
+    for candidate in candidates:
+        if candidate.is_file():
+            return str(candidate)
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"splitkern: the build needs {name}: pip install {name}")
+    return found
+
+
+def find_torch() -> Path:
+    """Returns torch's folder without importing it: only its headers and the names of its libraries are used."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "splitkern: the build needs torch 2.11 to 2.13 in this environment: pip install 'torch>=2.11,<2.14'"
+        )
+    return Path(spec.origin).parent
+
+
+def build_library(version: str) -> Path:
+    """Configures and builds in ``build/`` (incremental), and returns the path of the library."""
+    torch_folder = find_torch()
+    arguments = [
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DSPLITKERN_TORCH_INCLUDE={torch_folder / 'include'}",
+        f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
+        f"-DSPLITKERN_VERSION={version}",
+        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+    ]
+    cmake = find_tool("cmake")
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+
+    # CMake keeps compilers and options in its cache; start afresh when what chooses them has changed.
+    choices = {name: os.environ.get(name) for name in ("CUDA_HOME", "CC", "CXX", "CUDACXX", "CMAKE_ARGS")}
+    key = json.dumps([cmake, shutil.which("nvcc"), choices, str(ROOT)], indent=1)
+    BUILD.mkdir(exist_ok=True)
+    key_file = BUILD / "configured_with.json"
+    with open(BUILD / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
+        fresh = not key_file.is_file() or key_file.read_text() != key
+        key_file.unlink(missing_ok=True)
+        configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), *(["--fresh"] if fresh else []), *arguments]
+        for command in (configure, [cmake, "--build", str(BUILD), "--target", "_ops", "--parallel", jobs]):
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit(f"splitkern: the native build failed: {shlex.join(command)}")
+            key_file.write_text(key)
+    return BUILD / "_ops.so"
+
+
+class CMakeBuild(build_ext):
+    """Builds the library and copies it to where setuptools wants it: the source tree (editable) or the wheel's tree."""
+
+    def run(self) -> None:
+        library = build_library(self.distribution.get_version())
+        package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        target = package / "splitkern" / "_ops.so"
+        if target.is_file() and target.read_bytes() == library.read_bytes():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"_ops.so.{os.getpid()}")  # renamed into place: running processes keep their file
+        shutil.copyfile(library, partial)
+        partial.replace(target)
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "splitkern" / "_ops.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class CleanBuild(build):
+    """Empties the folder that becomes the wheel, so that a module deleted from the sources is not packed."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "splitkern", ignore_errors=True)
+        super().run()
+
+
+class StableWheel(bdist_wheel):
+    """Tags the wheel as needing this platform, but no particular Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    # Never compiled by setuptools; it only says that the package is not pure Python.
+    ext_modules=[Extension("splitkern._ops", sources=[])],
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+    options={"build": {"build_base": "build/python"}},
+    zip_safe=False,
+)
