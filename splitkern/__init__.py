@@ -5,11 +5,12 @@
 """
 
 from splitkern import geometry, ops, reference
-from splitkern._library import build_info
+from splitkern._library import BuildInfo, build_info
 from splitkern._version import __version__
 from splitkern.split import SplitReport, check, config_of, disabled, split_, unsplit_
 
 __all__ = [
+    "BuildInfo",
     "SplitReport",
     "__version__",
     "build_info",

@@ -1,0 +1,91 @@
+"""Loads the native operator library `_ops.so` and checks that it belongs to this Python package.
+
+Imported by `splitkern/__init__.py`; loading registers the operators as `torch.ops.splitkern.*`. torch must be imported
+first: the library finds torch's symbols in the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from splitkern._version import __version__
+
+_LIBRARY = Path(__file__).with_name("_ops.so")
+_REBUILD = "rebuild it with `make build` in the source tree, or `pip install --no-build-isolation .`"
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the loaded native library was built from and for.
+
+    Attributes:
+        version: version of splitkern that the library was built as; equals `splitkern.__version__`.
+        library: path of the loaded file.
+        cuda_architectures: what the CUDA kernels were compiled for, `sm_...` (machine code) and `compute_...` (PTX,
+            compiled by the driver); empty for a CPU-only build.
+        cuda_compiler: nvcc's version, or None for a CPU-only build.
+        cxx_compiler: the C++ compiler and its version.
+        torch_target: oldest torch whose stable ABI the library keeps to.
+        torch_headers: the torch whose headers it was compiled with.
+    """
+
+    version: str
+    library: str
+    cuda_architectures: tuple[str, ...]
+    cuda_compiler: str | None
+    cxx_compiler: str
+    torch_target: str
+    torch_headers: str
+
+
+def _load(path: Path) -> BuildInfo:
+    if not path.is_file():
+        raise ImportError(f"splitkern: the native library {path} is missing; {_REBUILD}", path=str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+        describe = library.splitkern_build_info
+    except (OSError, AttributeError) as error:
+        raise ImportError(
+            f"splitkern: the native library {path} does not load beside torch {torch.__version__} "
+            f"(torch 2.11 to 2.13 are supported): {error}; {_REBUILD}",
+            path=str(path),
+        ) from error
+    describe.restype = ctypes.c_char_p
+    text = json.loads(describe())
+    if text["version"] != __version__:
+        raise ImportError(
+            f"splitkern: the native library {path} is version {text['version']}, "
+            f"but the Python package is version {__version__}; {_REBUILD}",
+            path=str(path),
+        )
+    return BuildInfo(
+        version=text["version"],
+        library=str(path),
+        cuda_architectures=tuple(text["cuda_architectures"].split()),
+        cuda_compiler=text["cuda_compiler"] or None,
+        cxx_compiler=text["cxx_compiler"],
+        torch_target=text["torch_target"],
+        torch_headers=text["torch_headers"],
+    )
+
+
+_BUILD_INFO = _load(_LIBRARY)
+
+
+def build_info() -> BuildInfo:
+    """Returns what the loaded native library was built from and for.
+
+    Returns:
+        Versions, compilers and CUDA architectures, see `BuildInfo`.
+
+    Example:
+        >>> import splitkern as sk
+        >>> sk.build_info().version == sk.__version__
+        True
+    """
+    return _BUILD_INFO
