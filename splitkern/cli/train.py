@@ -16,44 +16,72 @@ from splitkern.cli.common import UserError, grid, integer, mib, number, require,
 if TYPE_CHECKING:
     from splitkern.training import Progress, RunResult, TrainOptions
 
-_MODELS = (
-    *(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")),
-    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
-)
 _CHECKPOINTS = {"split": "checkpoint.pt", "unsplit": "baseline.pt"}
 _MODELS_TEXT = "vgg11, 13, 16, 19 (each also with _bn), resnet18, 34, 50, 101, 152"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `splitkern train`."""
+    from splitkern.training.loop import MODEL_NAMES
+
     parser.epilog = (
         "Without arguments: ResNet-18 on scikit-learn's handwritten digits, split 2x2 until layer2 with recomputation. "
         "Results go to the folder --out: results.json, live_bytes.png, checkpoint.pt (and baseline.pt)."
     )
     what = parser.add_argument_group("what to train")
-    what.add_argument("--model", default="resnet18", metavar="NAME", choices=_MODELS, help=_MODELS_TEXT)
-    what.add_argument("--data", default="digits", choices=("digits", "cifar10", "imagenet-folder"),
-                      help="digits come with scikit-learn; the others must lie in --root")  # fmt: skip
-    what.add_argument("--root", type=Path, metavar="FOLDER",
-                      help="folder of the data: cifar-10-batches-py in it, or train/CLASS/*.jpg and val/CLASS/*.jpg")  # fmt: skip
-    what.add_argument("--image-size", type=integer(8), metavar="PIXELS",
-                      help="height and width (default: 64 digits, 32 cifar10, 224 imagenet-folder)")  # fmt: skip
+    what.add_argument("--model", default="resnet18", metavar="NAME", choices=MODEL_NAMES, help=_MODELS_TEXT)
+    what.add_argument(
+        "--data",
+        default="digits",
+        choices=("digits", "cifar10", "imagenet-folder"),
+        help="digits come with scikit-learn; the others must lie in --root",
+    )
+    what.add_argument(
+        "--root",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the data: of cifar-10-batches-py, or of train/CLASS/*.jpg and val/CLASS/*.jpg",
+    )
+    what.add_argument(
+        "--image-size",
+        type=integer(8),
+        metavar="PIXELS",
+        help="height and width (default: 64 digits, 32 cifar10, 224 imagenet-folder)",
+    )
 
     split = parser.add_argument_group("how to split")
     split.add_argument("--grid", type=grid, default=(2, 2), metavar="RxC", help="patches per axis (default 2x2)")
     where = split.add_mutually_exclusive_group()
-    where.add_argument("--until", metavar="MODULE", help="last module of the split region (default: layer2, or a VGG's "
-                       "third pooling)")  # fmt: skip
-    where.add_argument("--depth", type=number(above=0, below=1.000001), metavar="SHARE",
-                       help="share of the window modules that is split, instead of --until")  # fmt: skip
+    where.add_argument(
+        "--until", metavar="MODULE", help="last module of the split region (default: layer2, or a VGG's third pooling)"
+    )
+    where.add_argument(
+        "--depth",
+        type=number(above=0, below=1.000001),
+        metavar="SHARE",
+        help="share of the window modules that is split, instead of --until",
+    )
     split.add_argument("--boundary", default="zero", choices=("zero", "stochastic", "halo"))
-    split.add_argument("--wiggle", type=number(minimum=0, below=0.5), default=0.2, metavar="W",
-                       help="wiggle room of stochastic boundaries (default 0.2)")  # fmt: skip
-    split.add_argument("--norm", default="patch", choices=("patch", "image", "frozen"),
-                       help="how BatchNorm sees patches (default patch)")  # fmt: skip
+    split.add_argument(
+        "--wiggle",
+        type=number(minimum=0, below=0.5),
+        default=0.2,
+        metavar="W",
+        help="wiggle room of stochastic boundaries (default 0.2)",
+    )
+    split.add_argument(
+        "--norm",
+        default="patch",
+        choices=("patch", "image", "frozen"),
+        help="how BatchNorm sees patches (default patch)",
+    )
     split.add_argument("--order", default="patch", choices=("patch", "layer"))
-    split.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=None,
-                       help="recompute a patch's activations in backward (default: yes with --order patch)")  # fmt: skip
+    split.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="recompute activations in backward (default: yes with --order patch)",
+    )
     split.add_argument("--evaluation", default="unsplit", choices=("unsplit", "split"), help="how the test set is seen")
     split.add_argument("--no-split", action="store_true", help="train the unsplit model only")
     split.add_argument("--compare", action="store_true", help="also train the unsplit model, from the same weights")
@@ -61,18 +89,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how to train")
     how.add_argument("--epochs", type=integer(1), default=4, metavar="N", help="default 4, enough for the digits")
     how.add_argument("--batch", type=integer(1), default=64, metavar="N", help="images per step (default 64)")
-    how.add_argument("--lr", type=number(above=0), default=0.05, metavar="RATE",
-                     help="peak of the one-cycle learning rate (default 0.05)")  # fmt: skip
+    how.add_argument(
+        "--lr",
+        type=number(above=0),
+        default=0.05,
+        metavar="RATE",
+        help="peak of the one-cycle learning rate (default 0.05)",
+    )
     how.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="autocast type")
     how.add_argument("--memory-format", default="contiguous", choices=("contiguous", "channels_last"))
     how.add_argument("--seed", type=integer(0), default=0, metavar="N")
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    how.add_argument("--workers", type=integer(0), default=0, metavar="N", help="processes that read images (default 0)")
+    how.add_argument("--workers", type=integer(0), default=0, metavar="N", help="processes that read images")
 
     output = parser.add_argument_group("results")
-    output.add_argument("--out", type=Path, default=Path("splitkern-output"), metavar="FOLDER",
-                        help="default: splitkern-output")  # fmt: skip
-    output.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any")
+    output.add_argument(
+        "--out", type=Path, default=Path("splitkern-output"), metavar="FOLDER", help="default: splitkern-output"
+    )
+    output.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out, if any")
     output.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
@@ -89,16 +123,30 @@ def run(args: argparse.Namespace) -> int:
     until = args.until if args.until or args.depth else default_until(args.model)
     recompute = args.order == "patch" if args.recompute is None else args.recompute
     split = SplitOptions(
-        grid=args.grid, until=until, depth=args.depth, boundary=args.boundary, wiggle=args.wiggle,
-        norm=args.norm, order=args.order, recompute=recompute, evaluation=args.evaluation,
-    )  # fmt: skip
+        grid=args.grid,
+        until=until,
+        depth=args.depth,
+        boundary=args.boundary,
+        wiggle=args.wiggle,
+        norm=args.norm,
+        order=args.order,
+        recompute=recompute,
+        evaluation=args.evaluation,
+    )
     options = TrainOptions(
-        model=args.model, data=args.data, image_size=args.image_size or DEFAULT_IMAGE_SIZE[args.data],
-        batch=args.batch, epochs=args.epochs, lr=args.lr, precision=args.precision, seed=args.seed,
-        memory_format=args.memory_format, workers=args.workers,
+        model=args.model,
+        data=args.data,
+        image_size=args.image_size or DEFAULT_IMAGE_SIZE[args.data],
+        batch=args.batch,
+        epochs=args.epochs,
+        lr=args.lr,
+        precision=args.precision,
+        seed=args.seed,
+        memory_format=args.memory_format,
+        workers=args.workers,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         split=None if args.no_split else split,
-    )  # fmt: skip
+    )
     try:
         results = _train_all(args, options)
         record = _write(args.out, options, results)

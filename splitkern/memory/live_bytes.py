@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, *, exclude: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._excluded = [tensor.untyped_storage() for tensor in exclude]
         self._excluded_keys = {storage._cdata for storage in self._excluded}
         self._lock = threading.RLock()
@@ -91,7 +91,7 @@ class LiveBytes(TorchDispatchMode):
         if self._begin:
             raise RuntimeError("LiveBytes: a counter is for one block, make another for the next one")
         self._begin = time.perf_counter()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -100,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        super().__exit__(exc_type, exc_value, traceback)
+        super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
         self._recording = False
         self._excluded.clear()
 
@@ -193,7 +193,7 @@ class LiveBytes(TorchDispatchMode):
         with self._lock:
             events = list(self._events)
         live = 0
-        samples = []
+        samples: list[Sample] = []
         for event in events:
             if categories and self._category.get(event.allocation, ACTIVATIONS) not in categories:
                 continue

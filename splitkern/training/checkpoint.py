@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -39,12 +39,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: for a file that is missing, truncated or from something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            state = _load(path, file)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # torch.load raises many types for damaged input
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged or not a splitkern checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"checkpoint {path} was not written by splitkern train")
     if state.get("version") != _VERSION:
@@ -55,6 +53,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
     return state
+
+
+def _load(path: Path, file: BinaryIO) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged input makes it raise many types, also OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} is damaged or not a splitkern checkpoint: {reason}") from error
 
 
 def describe_difference(saved: dict[str, Any], given: dict[str, Any]) -> tuple[str, str] | None:

@@ -79,7 +79,7 @@ def load_data(name: str, *, image_size: int, root: Path | None = None) -> ImageD
         root: folder of the data; the digits need none.
 
     Raises:
-        DataError: for an unknown name, an image size below 8, or a folder that is missing, unreadable or without images.
+        DataError: for an unknown name, an image size below 8, or a folder that cannot be read or has no images.
     """
     if image_size < 8:
         raise DataError(f"image size must be at least 8, got {image_size}")

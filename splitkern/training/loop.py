@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional
 
 from splitkern.memory.live_bytes import LiveBytes
@@ -172,7 +173,7 @@ def check_options(options: TrainOptions) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionsError(f"device {options.device} is asked for, but there are {torch.cuda.device_count()} GPUs")
     if options.precision == "fp16" and device.type == "cpu":
-        raise OptionsError("precision fp16 needs a GPU (gradients are scaled on the device); on the CPU use bf16 or fp32")
+        raise OptionsError("precision fp16 needs a GPU (gradients are scaled on the device); on the CPU take bf16")
     for name in ("image_size", "batch", "epochs"):
         if getattr(options, name) < 1:
             raise OptionsError(f"{name} must be at least 1, got {getattr(options, name)}")
@@ -218,7 +219,7 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, max_lr=options.lr, total_steps=self.steps * options.epochs + 1, pct_start=0.3
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+        self.scaler = GradScaler(self.device.type, enabled=options.precision == "fp16")
 
     def split_config(self) -> dict[str, Any] | None:
         if self.options.split is None:
@@ -245,14 +246,14 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
-        # Two comparisons, because the split configuration is the one that must travel with the weights.
-        difference = describe_difference(
-            {"split": None} if state["split"] is None else state["split"],
-            {"split": None} if self.options.split is None else self.split_config() or {},
-        )
+        saved, given = state["split"], self.split_config()
+        if saved is None or given is None:
+            difference = None if saved is given else (_describe_split(saved), _describe_split(given))
+        else:
+            difference = describe_difference(saved, given)
         if difference is not None:
             raise CheckpointError(
-                f"checkpoint {path} was trained with the split {difference[0]}; these arguments ask for {difference[1]}"
+                f"checkpoint {path} was trained with {difference[0]}; these arguments ask for {difference[1]}"
             )
         difference = describe_difference(state["arguments"], self.options.identity())
         if difference is not None:
@@ -277,9 +278,7 @@ class _Run:
     def train_epoch(self, progress: Progress) -> float:
         self.model.train()
         options = self.options
-        batches = self.data.train_batches(
-            options.batch, seed=options.seed, epoch=self.epoch, workers=options.workers
-        )
+        batches = self.data.train_batches(options.batch, seed=options.seed, epoch=self.epoch, workers=options.workers)
         # The second step: the first one also allocates the optimizer's state.
         measured = min(1, self.steps - 1) if not self.result.timeline else -1
         losses = []
@@ -347,6 +346,12 @@ class _Run:
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = PRECISIONS[self.options.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+
+def _describe_split(config: dict[str, Any] | None) -> str:
+    if config is None:
+        return "no split"
+    return ", ".join(f"{name}={value!r}" for name, value in config.items())
 
 
 def train(

@@ -1,0 +1,192 @@
+"""The training loop: it learns, measures, and goes on after a kill as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+
+from splitkern.training import (
+    CheckpointError,
+    OptionsError,
+    SplitOptions,
+    TrainOptions,
+    default_until,
+    load_checkpoint,
+    train,
+)
+from tests.training.small import SPLIT, small_data, small_options
+
+STOCHASTIC = dataclasses.replace(SPLIT, boundary="stochastic")
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from splitkern.training import Progress, SplitOptions, train
+from tests.training.small import small_data, small_options
+
+class KillInSecondEpoch(Progress):
+    steps = 0
+    def step(self, loss):
+        self.steps += 1
+        if self.steps == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+split = {split!r}
+train(small_options(split), small_data(), checkpoint=Path({path!r}), progress=KillInSecondEpoch())
+"""
+
+
+@pytest.mark.parametrize("split", [None, SPLIT, STOCHASTIC], ids=["unsplit", "split", "stochastic"])
+def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, split: SplitOptions | None) -> None:
+    killed, whole = tmp_path / "killed.pt", tmp_path / "whole.pt"
+    code = KILLED_RUN.format(split=split, path=str(killed))
+    root = Path(__file__).parents[2]
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert load_checkpoint(killed)["epoch"] == 1, "at most the running epoch is lost"
+
+    # The numbers of threads must agree, because the CPU's sums depend on it.
+    resumed = train(small_options(split), small_data(), checkpoint=killed, resume=True)
+    straight = train(small_options(split), small_data(), checkpoint=whole)
+    first, second = load_checkpoint(killed), load_checkpoint(whole)
+    assert first["epoch"] == second["epoch"] == 3
+    assert resumed.accuracy == straight.accuracy
+    assert resumed.loss == straight.loss
+    assert first["model"].keys() == second["model"].keys()
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    assert torch.equal(first["rng"]["torch"], second["rng"]["torch"])
+
+
+def test_resume_of_a_finished_run_trains_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    options = small_options(epochs=1)
+    first = train(options, small_data(), checkpoint=path)
+    written = path.stat().st_mtime_ns
+    second = train(options, small_data(), checkpoint=path, resume=True)
+    assert path.stat().st_mtime_ns == written
+    assert second == first
+
+
+def test_measures_a_step(tmp_path: Path) -> None:
+    result = train(small_options(epochs=1), small_data(), checkpoint=tmp_path / "checkpoint.pt")
+    assert len(result.step_ms) == 2, "the measured step's time is no step time"
+    assert result.input_bytes == 16 * 3 * 32 * 32 * 4
+    assert result.parameter_bytes == result.gradient_bytes
+    assert result.peak_bytes == max(live for _, live in result.timeline)
+    assert result.peak_bytes < result.total_peak_bytes <= result.peak_bytes + result.gradient_bytes
+    # conv1's and layer1's outputs alone: 64 channels of 16×16, and of 8×8 four times over.
+    assert result.peak_bytes > 16 * 64 * (16 * 16 + 4 * 8 * 8) * 4
+    offsets = [offset for offset, _ in result.timeline]
+    assert offsets == sorted(offsets)
+    assert 0 < result.backward_ms < offsets[-1]
+
+
+def test_split_run_starts_from_the_same_weights_and_needs_less(tmp_path: Path) -> None:
+    split = dataclasses.replace(SPLIT, until="layer2")
+    options = small_options(split, epochs=1, image_size=64)
+    data = small_data(64)
+    path, baseline = tmp_path / "checkpoint.pt", tmp_path / "baseline.pt"
+    split_result = train(options, data, checkpoint=path)
+    unsplit_result = train(dataclasses.replace(options, split=None), data, checkpoint=baseline)
+    assert split_result.peak_bytes < 0.6 * unsplit_result.peak_bytes
+    assert split_result.parameter_bytes == unsplit_result.parameter_bytes
+    assert load_checkpoint(path)["model"].keys() == load_checkpoint(baseline)["model"].keys()
+    assert load_checkpoint(path)["split"]["grid"] == [2, 2]
+    assert load_checkpoint(baseline)["split"] is None
+
+
+def test_checkpoint_with_another_split_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train(small_options(SPLIT, epochs=1), small_data(), checkpoint=path)
+    other = small_options(dataclasses.replace(SPLIT, grid=(1, 2)), epochs=1)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt was trained with .*grid=\[2, 2\].*grid=\[1, 2\]"):
+        train(other, small_data(), checkpoint=path, resume=True)
+    with pytest.raises(CheckpointError, match=r"with .*grid=\[2, 2\].*; these arguments ask for no split"):
+        train(small_options(epochs=1), small_data(), checkpoint=path, resume=True)
+
+
+def test_checkpoint_of_other_arguments_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train(small_options(epochs=1), small_data(), checkpoint=path)
+    with pytest.raises(
+        CheckpointError, match=r"trained with epochs=1, lr=0\.02; these arguments ask for epochs=2, lr=0\.5"
+    ):
+        train(small_options(epochs=2, lr=0.5), small_data(), checkpoint=path, resume=True)
+
+
+def test_truncated_checkpoint_is_refused_before_training(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train(small_options(epochs=1), small_data(), checkpoint=path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
+        train(small_options(epochs=1), small_data(), checkpoint=path, resume=True)
+
+
+def test_checkpoint_that_does_not_fit_the_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    train(small_options(epochs=1), small_data(), checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    del state["model"]["fc.weight"]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt does not fit this model"):
+        train(small_options(epochs=1), small_data(), checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_bf16_trains(tmp_path: Path, memory_format: str) -> None:
+    options = small_options(SPLIT, epochs=1, precision="bf16", memory_format=memory_format)
+    result = train(options, small_data(), checkpoint=tmp_path / "checkpoint.pt")
+    assert result.loss[0] == pytest.approx(2.3, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"precision": "fp8"}, "fp32, bf16, fp16, got 'fp8'"),
+        ({"device": "tpu"}, "cpu, cuda or cuda:N, got 'tpu'"),
+        ({"device": "meta"}, "cpu, cuda or cuda:N, got 'meta'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"model": "alexnet"}, "resnet152, got 'alexnet'"),
+        ({"model": "vgg11", "image_size": 16}, "vgg11 takes no images of 16 pixels"),
+        ({"split": dataclasses.replace(SPLIT, until="layer9")}, "layer9"),
+        ({"split": dataclasses.replace(SPLIT, grid=(99, 1))}, "99"),
+    ],
+)
+def test_options_that_cannot_work(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(OptionsError, match=message):
+        train(small_options(**changes), small_data(), checkpoint=path)
+    assert not path.exists()
+
+
+def test_cuda_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(OptionsError, match="cuda is asked for, but torch finds no GPU"):
+        train(small_options(device="cuda"), small_data(), checkpoint=tmp_path / "checkpoint.pt")
+
+
+def test_default_until() -> None:
+    assert default_until("resnet50") == "layer2"
+    assert default_until("vgg16") == "features.16"
+    assert default_until("vgg11") == "features.10"
+    assert default_until("vgg16_bn") == "features.23"
+
+
+def test_unsplit_training_learns(tmp_path: Path) -> None:
+    options = TrainOptions(image_size=32, batch=16, epochs=8, lr=0.02)
+    result = train(options, small_data(), checkpoint=tmp_path / "checkpoint.pt")
+    assert result.loss[-1] < 0.3 * result.loss[0]
