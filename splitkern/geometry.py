@@ -12,6 +12,7 @@ patch ``i`` reads only inputs ``[x_i, x_{i+1})`` and writes outputs ``[y_i, y_{i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,9 +107,7 @@ class Window:
         return first, last
 
 
-def check_bounds(
-    operator: str, argument: str, bounds: Sequence[int], extent: int, what: str
-) -> None:
+def check_bounds(operator: str, argument: str, bounds: Sequence[int], extent: int, what: str) -> None:
     """Check that ``bounds`` begins at 0, increases strictly and ends at ``extent``.
 
     Args:
@@ -122,18 +121,14 @@ def check_bounds(
         ValueError: naming operator, argument, rule and what came.
     """
     if len(bounds) < 2:
-        raise ValueError(
-            f"{operator}: {argument} must hold at least 2 boundaries, got {list(bounds)}"
-        )
+        raise ValueError(f"{operator}: {argument} must hold at least 2 boundaries, got {list(bounds)}")
     if bounds[0] != 0:
         raise ValueError(f"{operator}: {argument} must begin at 0, got {list(bounds)}")
-    for left, right in zip(bounds[:-1], bounds[1:], strict=True):
+    for left, right in itertools.pairwise(bounds):
         if left >= right:
             raise ValueError(f"{operator}: {argument} must increase strictly, got {list(bounds)}")
     if bounds[-1] != extent:
-        raise ValueError(
-            f"{operator}: {argument} must end at the {what} {extent}, got {list(bounds)}"
-        )
+        raise ValueError(f"{operator}: {argument} must end at the {what} {extent}, got {list(bounds)}")
 
 
 def span_paddings(window: Window, in_span: Span, out_span: Span) -> Span:
@@ -145,9 +140,7 @@ def span_paddings(window: Window, in_span: Span, out_span: Span) -> Span:
     return in_span[0] - first, last - in_span[1]
 
 
-def patch_paddings(
-    window: Window, in_bounds: Sequence[int], out_bounds: Sequence[int]
-) -> tuple[Span, ...]:
+def patch_paddings(window: Window, in_bounds: Sequence[int], out_bounds: Sequence[int]) -> tuple[Span, ...]:
     """Begin and end padding of every patch: ``x_i - (y_i·s - p)`` and
     ``((y_{i+1}-1)·s - p + e) - x_{i+1}``.
 
@@ -157,9 +150,7 @@ def patch_paddings(
     """
     return tuple(
         span_paddings(window, (x0, x1), (y0, y1))
-        for x0, x1, y0, y1 in zip(
-            in_bounds[:-1], in_bounds[1:], out_bounds[:-1], out_bounds[1:], strict=True
-        )
+        for x0, x1, y0, y1 in zip(in_bounds[:-1], in_bounds[1:], out_bounds[:-1], out_bounds[1:], strict=True)
     )
 
 
@@ -197,9 +188,7 @@ def even_bounds(extent: int, parts: int) -> Bounds:
     return tuple((2 * i * extent + parts) // (2 * parts) for i in range(parts + 1))
 
 
-def draw_bounds(
-    extent: int, parts: int, wiggle: float, generator: torch.Generator | None = None
-) -> Bounds:
+def draw_bounds(extent: int, parts: int, wiggle: float, generator: torch.Generator | None = None) -> Bounds:
     """Stochastic boundaries (Split-CNN, section 3.3): interior boundary ``i`` is drawn uniformly
     from the integers in ``[(i-w)·extent/parts, (i+w)·extent/parts]``; where that holds no integer,
     it is the nearest one to ``i·extent/parts``.
@@ -238,9 +227,7 @@ def _check_parts(extent: int, parts: int) -> None:
     if parts < 1:
         raise ValueError(f"the number of patches must be at least 1, got {parts}")
     if parts > extent:
-        raise ValueError(
-            f"the number of patches must be at most the extent {extent} at the join, got {parts}"
-        )
+        raise ValueError(f"the number of patches must be at most the extent {extent} at the join, got {parts}")
 
 
 @dataclass(frozen=True)
@@ -258,9 +245,7 @@ class AxisNode:
     window: Window | None = None
 
 
-def forward_extents(
-    nodes: Sequence[AxisNode], input_extents: Mapping[str, int]
-) -> dict[str, int]:
+def forward_extents(nodes: Sequence[AxisNode], input_extents: Mapping[str, int]) -> dict[str, int]:
     """Extents of every tensor of a graph whose nodes come in execution order.
 
     Raises:
@@ -334,13 +319,10 @@ def _interval(node: AxisNode, boundary: int) -> Span:
     return input_interval(node.window, boundary)
 
 
-def _check_inside(
-    name: str, chosen: Sequence[int], reader: AxisNode, outputs: Sequence[int]
-) -> None:
+def _check_inside(name: str, chosen: Sequence[int], reader: AxisNode, outputs: Sequence[int]) -> None:
     if len(chosen) != len(outputs):
         raise ValueError(
-            f"{name}: joined into {len(chosen) - 1} patches, but {reader.name} works on "
-            f"{len(outputs) - 1}"
+            f"{name}: joined into {len(chosen) - 1} patches, but {reader.name} works on {len(outputs) - 1}"
         )
     for boundary, output in zip(chosen[1:-1], outputs[1:-1], strict=True):
         low, high = _interval(reader, output)
@@ -351,9 +333,7 @@ def _check_inside(
             )
 
 
-def _choose(
-    name: str, extent: int, readers: Sequence[AxisNode], bounds: Mapping[str, Bounds]
-) -> Bounds:
+def _choose(name: str, extent: int, readers: Sequence[AxisNode], bounds: Mapping[str, Bounds]) -> Bounds:
     first = readers[0]
     parts = len(bounds[first.name]) - 1
     chosen = [0]
@@ -372,7 +352,7 @@ def _choose(
             low, high = max(low, reader_low), min(high, reader_high)
         chosen.append(min(max(wanted, low), high))
     chosen.append(extent)
-    for left, right in zip(chosen[:-1], chosen[1:], strict=True):
+    for left, right in itertools.pairwise(chosen):
         if left >= right:
             raise ValueError(
                 f"{name}: a patch would be empty: boundaries {chosen} of an extent of {extent}; "

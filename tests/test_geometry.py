@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,16 +33,11 @@ def splits(draw: st.DrawFn) -> tuple[Window, int, tuple[int, ...], tuple[int, ..
     extent = draw(st.integers(max(1, window.effective_kernel - 2 * window.padding), 60))
     outputs = window.output_extent(extent)
     parts = draw(st.integers(1, min(outputs, 5)))
-    cuts = draw(
-        st.lists(st.integers(1, max(1, outputs - 1)), min_size=parts - 1, max_size=parts - 1,
-                 unique=True)
-    )
+    cuts = draw(st.lists(st.integers(1, max(1, outputs - 1)), min_size=parts - 1, max_size=parts - 1, unique=True))
     assume(all(0 < cut < outputs for cut in cuts))
     out_bounds = (0, *sorted(cuts), outputs)
     try:
-        bounds = geometry.propagate(
-            [AxisNode("y", ("x",), window)], {"x": extent, "y": outputs}, {"y": out_bounds}
-        )
+        bounds = geometry.propagate([AxisNode("y", ("x",), window)], {"x": extent, "y": outputs}, {"y": out_bounds})
     except ValueError:
         assume(False)
     return window, extent, bounds["x"], out_bounds
@@ -58,7 +55,7 @@ def test_paddings_add_up_to_what_each_patch_writes(split: tuple) -> None:
 def test_patches_tile_input_and_output(split: tuple) -> None:
     window, extent, x, y = split
     for bounds, whole in ((x, extent), (y, window.output_extent(extent))):
-        covered = [p for a, b in zip(bounds[:-1], bounds[1:], strict=True) for p in range(a, b)]
+        covered = [p for a, b in itertools.pairwise(bounds) for p in range(a, b)]
         assert covered == list(range(whole))
 
 
@@ -80,7 +77,7 @@ def _patchwise(values: torch.Tensor, window: Window, x: tuple, y: tuple) -> torc
 
 
 def _unsplit(values: torch.Tensor, window: Window, outputs: int) -> torch.Tensor:
-    first, last = window.reads(0, outputs)
+    _first, _last = window.reads(0, outputs)
     return _patchwise(values, window, (0, len(values)), (0, outputs))
 
 
@@ -116,9 +113,7 @@ def test_output_extent_is_pytorchs(window: Window, extent: int) -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.floats(0, 0.49), st.integers(0, 2**31))
-def test_draws_increase_and_stay_in_their_room(
-    extent: int, parts: int, wiggle: float, seed: int
-) -> None:
+def test_draws_increase_and_stay_in_their_room(extent: int, parts: int, wiggle: float, seed: int) -> None:
     assume(parts <= extent)
     generator = torch.Generator().manual_seed(seed)
     bounds = geometry.draw_bounds(extent, parts, wiggle, generator)
@@ -139,9 +134,7 @@ def test_draws_are_uniform_over_the_room() -> None:
 
 
 def test_draws_repeat_with_the_generator() -> None:
-    one, other = (
-        geometry.draw_bounds(56, 4, 0.2, torch.Generator().manual_seed(3)) for _ in range(2)
-    )
+    one, other = (geometry.draw_bounds(56, 4, 0.2, torch.Generator().manual_seed(3)) for _ in range(2))
     assert one == other
 
 
@@ -197,14 +190,14 @@ def test_an_empty_intersection_names_both_consumers() -> None:
         AxisNode("other", ("right",), Window(2, 2, 0)),
     ]
     extents = geometry.forward_extents(nodes, {"x": 16})
-    with pytest.raises(ValueError, match="its consumers left .* and right .*no common boundary"):
+    with pytest.raises(ValueError, match=r"its consumers left .* and right .*no common boundary"):
         geometry.propagate(nodes, extents, {"moved": (0, 5, 16), "other": (0, 2, 4)})
 
 
 def test_an_empty_patch_is_refused() -> None:
     nodes = [AxisNode("y", ("x",), Window(5, 1, 4))]
     extents = geometry.forward_extents(nodes, {"x": 4})
-    with pytest.raises(ValueError, match="a patch would be empty"):
+    with pytest.raises(ValueError, match=r"a patch would be empty"):
         geometry.propagate(nodes, extents, {"y": (0, 1, extents["y"])})
 
 
@@ -222,9 +215,7 @@ def test_halo_spans_hold_all_that_the_next_operation_reads(extent: int, parts: i
     extents = geometry.forward_extents(RESIDUAL, {"x": extent})
     assume(parts <= extents["sum"])
     try:
-        owned = geometry.propagate(
-            RESIDUAL, extents, {"sum": geometry.even_bounds(extents["sum"], parts)}
-        )
+        owned = geometry.propagate(RESIDUAL, extents, {"sum": geometry.even_bounds(extents["sum"], parts)})
     except ValueError:
         assume(False)
     spans = geometry.halo_spans(RESIDUAL, extents, owned)
@@ -253,7 +244,7 @@ def test_check_bounds_names_argument_rule_and_value(bounds: list[int], rule: str
 
 @pytest.mark.parametrize("wiggle", [-0.1, 0.5, 1.0])
 def test_wiggle_room_is_below_a_half(wiggle: float) -> None:
-    with pytest.raises(ValueError, match="wiggle must be at least 0 and below 0.5"):
+    with pytest.raises(ValueError, match=r"wiggle must be at least 0 and below 0.5"):
         geometry.draw_bounds(10, 2, wiggle)
 
 
@@ -271,7 +262,7 @@ def test_a_window_refuses_what_is_no_window(name: str) -> None:
 
 def test_a_window_that_does_not_fit_is_refused_by_name() -> None:
     nodes = [AxisNode("big", ("x",), Window(7))]
-    with pytest.raises(ValueError, match="big: .*effective kernel 7 must fit"):
+    with pytest.raises(ValueError, match=r"big: .*effective kernel 7 must fit"):
         geometry.forward_extents(nodes, {"x": 5})
-    with pytest.raises(ValueError, match="sum: inputs must have equal extents, got \\[4, 5\\]"):
+    with pytest.raises(ValueError, match=r"sum: inputs must have equal extents, got \[4, 5\]"):
         geometry.forward_extents([AxisNode("sum", ("a", "b"))], {"a": 4, "b": 5})

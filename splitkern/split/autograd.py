@@ -7,7 +7,7 @@ The join is one function: in-place writes that autograd records one by one cost 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,17 +85,13 @@ class JoinPatches(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, parts: Sequence[JoinPart], joined: Sequence[Tensor], *tensors: Tensor
-    ) -> Any:
+    def forward(ctx: Any, parts: Sequence[JoinPart], joined: Sequence[Tensor], *tensors: Tensor) -> Any:
         kept: list[Tensor] = []
         places: dict[int, int] = {}
         for part in parts:
             if part.operation is None:
                 continue
-            for position, save in zip(
-                part.positions, part.operation.saved_for_gradients, strict=True
-            ):
+            for position, save in zip(part.positions, part.operation.saved_for_gradients, strict=True):
                 if save and position is not None and position not in places:
                     places[position] = len(kept)
                     kept.append(tensors[position])
@@ -116,9 +112,7 @@ class JoinPatches(torch.autograd.Function):
         saved = ctx.saved_tensors
         totals: list[Tensor | None] = [None] * ctx.count
         needs = ctx.needs_input_grad[2:]
-        for part, (first, last) in zip(
-            reversed(ctx.parts), reversed(ctx.extra_places), strict=True
-        ):
+        for part, (first, last) in zip(reversed(ctx.parts), reversed(ctx.extra_places), strict=True):
             grad = grads[part.output]
             if grad is None:
                 continue
@@ -130,8 +124,7 @@ class JoinPatches(torch.autograd.Function):
                 kept = SavedForGradients(
                     shapes=part.shapes,
                     tensors=tuple(
-                        saved[ctx.places[position]] if position in ctx.places else None
-                        for position in part.positions
+                        saved[ctx.places[position]] if position in ctx.places else None for position in part.positions
                     ),
                     extra=tuple(saved[first:last]),
                     output=None
@@ -216,16 +209,10 @@ class RecomputePatches(torch.autograd.Function):
             with ExitStack() as stack:
                 stack.enter_context(_restored_random_state(ctx, index))
                 stack.enter_context(torch.enable_grad())
-                stack.enter_context(
-                    torch.autocast(
-                        ctx.device.type, dtype=dtype, enabled=enabled, cache_enabled=cache
-                    )
-                )
+                stack.enter_context(torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled, cache_enabled=cache))
                 leaves = [
                     view_of(tensor, box).detach().requires_grad_(need)
-                    for tensor, box, need in zip(
-                        inputs, plan.input_boxes[index], needs[: ctx.count], strict=True
-                    )
+                    for tensor, box, need in zip(inputs, plan.input_boxes[index], needs[: ctx.count], strict=True)
                 ]
                 leaves += [
                     tensor.detach().requires_grad_(need)
@@ -255,9 +242,10 @@ class RecomputePatches(torch.autograd.Function):
                     total = totals[i]
                     totals[i] = result if total is None else total.add_(result)
                 else:
-                    if totals[i] is None:
-                        totals[i] = torch.zeros_like(inputs[i])
-                    view_of(totals[i], plan.input_boxes[index][i]).add_(result)
+                    total = totals[i]
+                    if total is None:
+                        total = totals[i] = torch.zeros_like(inputs[i])
+                    view_of(total, plan.input_boxes[index][i]).add_(result)
         return None, None, *totals
 
 
@@ -266,7 +254,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), own
 
 
-def _restored_random_state(ctx: FunctionCtx, index: int) -> AbstractContextManager[None]:
+def _restored_random_state(ctx: FunctionCtx, index: int) -> ExitStack:
     states: dict[int, tuple[Tensor, Tensor | None]] = ctx.random_states  # type: ignore[attr-defined]
     device: torch.device = ctx.device  # type: ignore[attr-defined]
     stack = ExitStack()
@@ -278,3 +266,18 @@ def _restored_random_state(ctx: FunctionCtx, index: int) -> AbstractContextManag
         if own is not None:
             torch.cuda.set_rng_state(own, device)
     return stack
+
+
+def cut_patches(image: Tensor, boxes: Sequence[Box], overlap: bool) -> Sequence[Tensor]:
+    """:class:`CutPatches`, typed."""
+    return CutPatches.apply(image, boxes, overlap)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def join_patches(parts: Sequence[JoinPart], joined: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:class:`JoinPatches`, typed."""
+    return list(JoinPatches.apply(parts, joined, *tensors))  # type: ignore[no-untyped-call]
+
+
+def recompute_patches(plan: Recomputation, images: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """:class:`RecomputePatches`, typed."""
+    return list(RecomputePatches.apply(plan, len(images), *images, *parameters))  # type: ignore[no-untyped-call]

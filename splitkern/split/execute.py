@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from splitkern.split.autograd import (
-    CutPatches,
     JoinPart,
-    JoinPatches,
     Recomputation,
-    RecomputePatches,
+    cut_patches,
+    join_patches,
+    recompute_patches,
     view_of,
 )
 from splitkern.split.layout import Layout
@@ -48,8 +48,7 @@ class Region:
         for name in self.outputs:
             last.pop(name, None)
         return [
-            tuple(name for name, index in last.items() if index == position)
-            for position in range(len(self.operations))
+            tuple(name for name, index in last.items() if index == position) for position in range(len(self.operations))
         ]
 
     @cached_property
@@ -59,9 +58,7 @@ class Region:
         return {
             operation.name: operation
             for operation in self.operations
-            if operation.name in self.outputs
-            and operation.name not in read
-            and operation.writes_joined
+            if operation.name in self.outputs and operation.name not in read and operation.writes_joined
         }
 
     @property
@@ -79,9 +76,7 @@ class _Joined:
     memory_format: torch.memory_format
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def view(
-        self, name: str, patch: tuple[int, int], like: Tensor, channels: int, dtype: torch.dtype
-    ) -> Tensor:
+    def view(self, name: str, patch: tuple[int, int], like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         if name not in self.tensors:
             self.tensors[name] = torch.empty(
                 (
@@ -138,16 +133,12 @@ def run_whole(region: Region, norm: Norm | None, inputs: Sequence[Tensor]) -> li
     return [values[name] for name in region.outputs]
 
 
-def run_layers(
-    region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]
-) -> list[Tensor]:
+def run_layers(region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]) -> list[Tensor]:
     """All patches per layer: every operation once, on joined tensors."""
     step = Step(parameters_of(region.operations), norm, inputs[0].device.type)
     caller_format = memory_format_of(inputs[0])
     values = dict(zip(region.inputs, _device_format(inputs), strict=True))
-    for operation, geometry, dead in zip(
-        region.operations, layout.layer_calls, region.dead_after, strict=True
-    ):
+    for operation, geometry, dead in zip(region.operations, layout.layer_calls, region.dead_after, strict=True):
         read = [values[name] for name in operation.inputs]
         values[operation.name] = operation.run(step, read, geometry)
         del read
@@ -155,24 +146,17 @@ def run_layers(
             del values[name]
     step.update_running_buffers()
     return [
-        values[name].contiguous(memory_format=caller_format)
-        if values[name].is_cuda
-        else values[name]
+        values[name].contiguous(memory_format=caller_format) if values[name].is_cuda else values[name]
         for name in region.outputs
     ]
 
 
 def _device_format(inputs: Sequence[Tensor]) -> list[Tensor]:
     """CUDA kernels read channels_last: convert once, here. The CPU keeps the caller's format."""
-    return [
-        tensor.contiguous(memory_format=torch.channels_last) if tensor.is_cuda else tensor
-        for tensor in inputs
-    ]
+    return [tensor.contiguous(memory_format=torch.channels_last) if tensor.is_cuda else tensor for tensor in inputs]
 
 
-def run_patches(
-    region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]
-) -> list[Tensor]:
+def run_patches(region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Patch after patch through all layers; autograd keeps every patch's activations."""
     step = Step(parameters_of(region.operations), norm, inputs[0].device.type)
     joined = _Joined(region, layout, memory_format_of(inputs[0]))
@@ -189,9 +173,7 @@ def run_patches(
             tensors.append(tensor)
         return places[id(tensor)]
 
-    def write(
-        index: int, patch: tuple[int, int], operation: Operation, read: Sequence[Tensor]
-    ) -> None:
+    def write(index: int, patch: tuple[int, int], operation: Operation, read: Sequence[Tensor]) -> None:
         geometry = layout.patch_calls[patch][index]
         differentiable = operation.differentiable(step, read)
         channels, dtype = operation.output_like(step, read)
@@ -225,8 +207,7 @@ def run_patches(
     step.update_running_buffers()
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return joined.all()
-    outputs: tuple[Tensor, ...] = JoinPatches.apply(parts, joined.all(), *tensors)
-    return list(outputs)
+    return join_patches(parts, joined.all(), tensors)
 
 
 def _cut(region: Region, layout: Layout, inputs: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -234,7 +215,7 @@ def _cut(region: Region, layout: Layout, inputs: Sequence[Tensor]) -> list[Seque
     for name, tensor in zip(region.inputs, inputs, strict=True):
         boxes = [layout.box(name, patch) for patch in layout.patches]
         if tensor.requires_grad and torch.is_grad_enabled():
-            cuts.append(CutPatches.apply(tensor, boxes, layout.halo))
+            cuts.append(cut_patches(tensor, boxes, layout.halo))
         else:
             cuts.append([view_of(tensor, box) for box in boxes])
     return cuts
@@ -265,8 +246,7 @@ def _run_patch(
         if layout.halo and operation.windows is None:
             box = layout.box(operation.name, patch)
             read = [
-                _crop(value, layout.box(name, patch), box)
-                for name, value in zip(operation.inputs, read, strict=True)
+                _crop(value, layout.box(name, patch), box) for name, value in zip(operation.inputs, read, strict=True)
             ]
         if write is not None and operation.name in written:
             write(index, patch, operation, read)
@@ -280,9 +260,7 @@ def _run_patch(
     return {name: values[name] for name in region.outputs if name in values}
 
 
-def run_patches_recomputed(
-    region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]
-) -> list[Tensor]:
+def run_patches_recomputed(region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Patch after patch without keeping activations; backward recomputes one patch at a time."""
     device_type = inputs[0].device.type
     own = parameters_of(region.operations)
@@ -304,46 +282,31 @@ def run_patches_recomputed(
         step = start(parameters, first_execution=True)
         joined = _Joined(region, layout, memory_format)
 
-        def into(
-            index: int, patch: tuple[int, int], operation: Operation, read: Sequence[Tensor]
-        ) -> None:
+        def into(index: int, patch: tuple[int, int], operation: Operation, read: Sequence[Tensor]) -> None:
             channels, dtype = operation.output_like(step, read)
             view = joined.view(operation.name, patch, read[0], channels, dtype)
-            operation.write(
-                operation.differentiable(step, read), layout.patch_calls[patch][index], view
-            )
+            operation.write(operation.differentiable(step, read), layout.patch_calls[patch][index], view)
 
         for number, patch in enumerate(layout.patches):
             before_patch(number)
-            views = [
-                view_of(image, layout.box(name, patch))
-                for name, image in zip(region.inputs, images, strict=True)
-            ]
+            views = [view_of(image, layout.box(name, patch)) for name, image in zip(region.inputs, images, strict=True)]
             for name, value in _run_patch(region, layout, patch, step, views, into).items():
                 joined.copy_in(name, patch, value)
         step.update_running_buffers()
         return joined.all()
 
-    def run_patch(
-        number: int, images: Sequence[Tensor], parameters: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def run_patch(number: int, images: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         patch = layout.patches[number]
         step = start(parameters, first_execution=False)
         values = _run_patch(region, layout, patch, step, images, None)
-        return [
-            _crop(values[name], layout.box(name, patch), layout.owned_box(name, patch))
-            for name in region.outputs
-        ]
+        return [_crop(values[name], layout.box(name, patch), layout.owned_box(name, patch)) for name in region.outputs]
 
     plan = Recomputation(
         input_boxes=[[layout.box(n, patch) for n in region.inputs] for patch in layout.patches],
-        output_boxes=[
-            [layout.owned_box(n, patch) for n in region.outputs] for patch in layout.patches
-        ],
+        output_boxes=[[layout.owned_box(n, patch) for n in region.outputs] for patch in layout.patches],
         write=write,
         run_patch=run_patch,
         random=region.draws_per_patch,
     )
     images = _device_format(inputs)
-    outputs: tuple[Tensor, ...] = RecomputePatches.apply(plan, len(images), *images, *own.values())
-    return list(outputs)
+    return recompute_patches(plan, images, list(own.values()))

@@ -6,6 +6,7 @@ joins; cached by the caller.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,10 +69,7 @@ class Layout:
     @cached_property
     def patch_calls(self) -> dict[tuple[int, int], list[CallGeometry]]:
         """For every patch the calls of all operations, in local coordinates."""
-        return {
-            patch: [self._patch_call(operation, patch) for operation in self.operations]
-            for patch in self.patches
-        }
+        return {patch: [self._patch_call(operation, patch) for operation in self.operations] for patch in self.patches}
 
     @cached_property
     def layer_calls(self) -> list[CallGeometry]:
@@ -89,9 +87,7 @@ class Layout:
             read, written = axis.spans[source][index], axis.spans[name][index]
             window = window or _POINT
             paddings.append(geometry.span_paddings(window, read, written)[0])
-            counted.append(
-                (-window.padding - read[0], axis.extents[source] + window.padding - read[0])
-            )
+            counted.append((-window.padding - read[0], axis.extents[source] + window.padding - read[0]))
             bounds = axis.bounds[name]
             owned.append((bounds[index] - written[0], bounds[index + 1] - written[0]))
             extents.append((read[1] - read[0], written[1] - written[0]))
@@ -138,9 +134,7 @@ def axis_nodes(operations: Sequence[Operation], axis: int) -> list[AxisNode]:
     ]
 
 
-def axis_extents(
-    operations: Sequence[Operation], axis: int, inputs: Mapping[str, Extents]
-) -> dict[str, int]:
+def axis_extents(operations: Sequence[Operation], axis: int, inputs: Mapping[str, Extents]) -> dict[str, int]:
     """Extent of every value along one axis."""
     return geometry.forward_extents(
         axis_nodes(operations, axis), {name: extents[axis] for name, extents in inputs.items()}
@@ -165,5 +159,5 @@ def axis_layout(
     if halo:
         spans = geometry.halo_spans(nodes, extents, bounds)
     else:
-        spans = {name: tuple(zip(cut[:-1], cut[1:], strict=True)) for name, cut in bounds.items()}
+        spans = {name: tuple(itertools.pairwise(cut)) for name, cut in bounds.items()}
     return AxisLayout(dict(extents), bounds, spans)

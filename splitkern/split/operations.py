@@ -5,6 +5,7 @@ layer, and on the whole image. Built by :mod:`splitkern.split.rules`, run by
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,9 +90,7 @@ class Operation:
         """The tensors that :meth:`write` reads and :meth:`gradients` returns gradients for."""
         return tuple(inputs)
 
-    def write(
-        self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor
-    ) -> tuple[Tensor, ...]:
+    def write(self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor) -> tuple[Tensor, ...]:
         """Write the result into ``output``, a view of the joined tensor, outside autograd.
 
         Returns what :meth:`gradients` needs besides ``tensors`` and ``output``.
@@ -153,9 +152,7 @@ class SavedForGradients:
 
 
 def _relu_mask(grad_output: Tensor, output: Tensor) -> Tensor:
-    return torch.where(
-        output > 0, grad_output, torch.zeros((), dtype=grad_output.dtype, device=grad_output.device)
-    )
+    return torch.where(output > 0, grad_output, torch.zeros((), dtype=grad_output.dtype, device=grad_output.device))
 
 
 @dataclass(frozen=True)
@@ -208,9 +205,7 @@ class Convolution(Operation):
         )
         return F.relu_(output) if self.activation == "relu" else output
 
-    def _call(
-        self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor | None
-    ) -> Tensor:
+    def _call(self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor | None) -> Tensor:
         x, weight, bias = tensors
         assert x is not None and weight is not None
         return ops.patch_conv2d(
@@ -239,9 +234,7 @@ class Convolution(Operation):
     def run(self, step: Step, inputs: Sequence[Tensor], geometry: CallGeometry) -> Tensor:
         return self._call(self.differentiable(step, inputs), geometry, None)
 
-    def write(
-        self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor
-    ) -> tuple[Tensor, ...]:
+    def write(self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor) -> tuple[Tensor, ...]:
         self._call(tensors, geometry, output)
         return ()
 
@@ -278,12 +271,8 @@ class Convolution(Operation):
             "out_cols": geometry.out_cols,
         }
         return (
-            ops.patch_conv2d_input_grad(grad_output, saved.tensor(1), saved.shape(0), **window)
-            if needs[0]
-            else None,
-            ops.patch_conv2d_weight_grad(grad_output, saved.tensor(0), saved.shape(1), **window)
-            if needs[1]
-            else None,
+            ops.patch_conv2d_input_grad(grad_output, saved.tensor(1), saved.shape(0), **window) if needs[0] else None,
+            ops.patch_conv2d_weight_grad(grad_output, saved.tensor(0), saved.shape(1), **window) if needs[1] else None,
             grad_output.sum((0, 2, 3)) if needs[2] else None,
         )
 
@@ -327,9 +316,7 @@ class MaxPool(Operation):
     def run(self, step: Step, inputs: Sequence[Tensor], geometry: CallGeometry) -> Tensor:
         return ops.patch_max_pool2d(inputs[0], **self._window(geometry))[0]
 
-    def write(
-        self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor
-    ) -> tuple[Tensor, ...]:
+    def write(self, tensors: Sequence[Tensor | None], geometry: CallGeometry, output: Tensor) -> tuple[Tensor, ...]:
         assert tensors[0] is not None
         offsets = torch.empty_like(output, dtype=torch.uint8)
         ops.patch_max_pool2d(tensors[0], **self._window(geometry), output=(output, offsets))
@@ -346,11 +333,7 @@ class MaxPool(Operation):
         geometry: CallGeometry,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
-        return (
-            ops.patch_max_pool2d_backward(
-                grad_output, saved.extra[0], saved.shape(0), **self._window(geometry)
-            ),
-        )
+        return (ops.patch_max_pool2d_backward(grad_output, saved.extra[0], saved.shape(0), **self._window(geometry)),)
 
 
 @dataclass(frozen=True)
@@ -385,12 +368,8 @@ class AvgPool(Operation):
             # A patch's own call cannot know which padding lies inside the whole image's, so the
             # divisor is counted here, in the whole image's positions.
             counts = (
-                self._counts(
-                    self.rows, geometry.padding[0], geometry.out_rows, geometry.counted[0]
-                ),
-                self._counts(
-                    self.cols, geometry.padding[1], geometry.out_cols, geometry.counted[1]
-                ),
+                self._counts(self.rows, geometry.padding[0], geometry.out_rows, geometry.counted[0]),
+                self._counts(self.cols, geometry.padding[1], geometry.out_cols, geometry.counted[1]),
             )
             full = min(counts[0]) == self.rows.kernel and min(counts[1]) == self.cols.kernel
             divisor = self.rows.kernel * self.cols.kernel if full else 1
@@ -408,9 +387,7 @@ class AvgPool(Operation):
             out_cols=geometry.out_cols,
         )
         if counts is not None:
-            by_row, by_col = (
-                torch.tensor(axis, dtype=output.dtype, device=output.device) for axis in counts
-            )
+            by_row, by_col = (torch.tensor(axis, dtype=output.dtype, device=output.device) for axis in counts)
             output = output / (by_row[:, None] * by_col)
         return output
 
@@ -458,9 +435,7 @@ class BatchNorm(Operation):
         weight, bias = step.optional(self, "weight"), step.optional(self, "bias")
         if self._uses_running(step):
             mean, invstd = step.running(self)
-            return ops.patch_batch_norm_apply(
-                x, mean, invstd, weight, bias, activation=self.activation
-            )
+            return ops.patch_batch_norm_apply(x, mean, invstd, weight, bias, activation=self.activation)
         rows, cols = geometry.out_rows, geometry.out_cols
         if step.norm != "patch":
             rows, cols = (0, rows[-1]), (0, cols[-1])
@@ -481,15 +456,13 @@ class BatchNorm(Operation):
                 (top, bottom), (left, right) = geometry.owned
                 rows, cols = (0, bottom - top), (0, right - left)
                 with torch.no_grad():
-                    mean, m2 = ops.patch_batch_norm_stats(
-                        x[:, :, top:bottom, left:right], rows=rows, cols=cols
-                    )
+                    mean, m2 = ops.patch_batch_norm_stats(x[:, :, top:bottom, left:right], rows=rows, cols=cols)
                 step.collect(self, x.shape[0], rows, cols, mean, m2)
         return result.output
 
 
 def _smallest(bounds: Bounds) -> int:
-    return min(right - left for left, right in zip(bounds[:-1], bounds[1:], strict=True))
+    return min(right - left for left, right in itertools.pairwise(bounds))
 
 
 #: Functions that write their first argument, and what to call where it must be kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -56,19 +57,15 @@ def _one_of(name: str, value: object, allowed: object) -> None:
 
 def _cut(axis: str, value: Any) -> Cut:
     if isinstance(value, bool) or not isinstance(value, int | Sequence) or isinstance(value, str):
-        raise TypeError(
-            f"grid: {axis} must be a number of patches or a list of boundaries, got {value!r}"
-        )
+        raise TypeError(f"grid: {axis} must be a number of patches or a list of boundaries, got {value!r}")
     if isinstance(value, int):
         if value < 1:
             raise ValueError(f"grid: {axis} must be at least 1, got {value}")
         return value
     bounds = tuple(int(v) for v in value)
-    increasing = all(a < b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    increasing = all(a < b for a, b in itertools.pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or not increasing:
-        raise ValueError(
-            f"grid: boundaries of {axis} must begin at 0 and increase strictly, got {list(value)}"
-        )
+        raise ValueError(f"grid: boundaries of {axis} must begin at 0 and increase strictly, got {list(value)}")
     return bounds
 
 

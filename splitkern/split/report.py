@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from splitkern.geometry import Bounds
 from splitkern.split.layout import Layout
-from splitkern.split.operations import AvgPool, BatchNorm, Convolution, MaxPool, Operation
-from splitkern.split.operations import Pointwise
+from splitkern.split.operations import AvgPool, BatchNorm, Convolution, MaxPool, Operation, Pointwise
 from splitkern.split.options import Options, make_options
 from splitkern.split.surgery import bound_inputs, prepare
 from splitkern.split.trace import Program, fake_shapes
@@ -69,15 +68,11 @@ class SplitReport:
         if self.obstacles:
             return "\n".join(["cannot be split:", *(f"  - {text}" for text in self.obstacles)])
         lines = [
-            f"{len(self.operations)} operations in the region, "
-            f"{self.operations[0]} to {self.operations[-1]}",
+            f"{len(self.operations)} operations in the region, {self.operations[0]} to {self.operations[-1]}",
             f"input  rows {list(self.input_rows)} columns {list(self.input_cols)}",
         ]
         for join in self.joins:
-            lines.append(
-                f"join   {join.value} {list(join.shape)} rows {list(join.rows)} "
-                f"columns {list(join.cols)}"
-            )
+            lines.append(f"join   {join.value} {list(join.shape)} rows {list(join.rows)} columns {list(join.cols)}")
         lines.append(
             f"predicted bytes saved for backward: {self.unsplit_bytes / 2**20:.1f} MiB unsplit, "
             f"{self.split_bytes / 2**20:.1f} MiB split "
@@ -133,7 +128,7 @@ def check(
     except ValueError as error:
         return SplitReport((), (), (), (), (str(error),), 0, 0, ())
     given = bound_inputs(model, example_inputs)
-    shapes = fake_shapes(program, model, [given[name] for name in program.placeholders])
+    shapes = fake_shapes(program, model, [given[argument] for _, argument in program.arguments])
     for name, (shape, _) in shapes.items():
         if name in layout.rows.extents:
             assert tuple(shape[2:]) == (layout.rows.extents[name], layout.cols.extents[name])
@@ -145,9 +140,7 @@ def check(
     return _report(program, layout, shapes, options, tuple(notes))
 
 
-def _report(
-    program: Program, layout: Layout, shapes: Shapes, options: Options, notes: tuple[str, ...]
-) -> SplitReport:
+def _report(program: Program, layout: Layout, shapes: Shapes, options: Options, notes: tuple[str, ...]) -> SplitReport:
     region = program.region
     unsplit = sum(_unsplit_saved(program, shapes).values())
     joined = sum(_bytes(shapes[name]) for name in region.outputs)

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from splitkern.geometry import Window
-from splitkern.split.operations import AvgPool, BatchNorm, Convolution, Dropout, MaxPool
-from splitkern.split.operations import Operation, Pointwise
+from splitkern.split.operations import AvgPool, BatchNorm, Convolution, Dropout, MaxPool, Operation, Pointwise
 
 
 class Obstacle(ValueError):
@@ -185,8 +184,7 @@ def _inputs(node: fx.Node) -> tuple[str, ...]:
 def _convolution(node: fx.Node, module: nn.Conv2d, label: str) -> Operation:
     if module.padding_mode != "zeros":
         raise Obstacle(
-            f"{label} (Conv2d): padding_mode must be 'zeros' inside a split region, got "
-            f"{module.padding_mode!r}"
+            f"{label} (Conv2d): padding_mode must be 'zeros' inside a split region, got {module.padding_mode!r}"
         )
     return Convolution(node.name, label, _inputs(node), module=module)
 
@@ -198,34 +196,25 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
 
 
-def _windows(
-    kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> tuple[Window, Window]:
+def _windows(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> tuple[Window, Window]:
     sizes = _pair(kernel)
     strides = _pair(stride) if stride not in (None, []) else sizes
     paddings, dilations = _pair(padding), _pair(dilation)
-    rows, cols = (
-        Window(sizes[axis], strides[axis], paddings[axis], dilations[axis], ceil_mode)
-        for axis in (0, 1)
-    )
+    rows, cols = (Window(sizes[axis], strides[axis], paddings[axis], dilations[axis], ceil_mode) for axis in (0, 1))
     return rows, cols
 
 
 def _max_pool(node: fx.Node, module: nn.MaxPool2d, label: str) -> Operation:
     if module.return_indices:
         raise Obstacle(f"{label} (MaxPool2d): return_indices must be False in a split region")
-    rows, cols = _windows(
-        module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
-    )
+    rows, cols = _windows(module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
     return _checked_max_pool(MaxPool(node.name, label, _inputs(node), rows=rows, cols=cols))
 
 
 def _checked_max_pool(pool: MaxPool) -> MaxPool:
     positions = pool.rows.kernel * pool.cols.kernel
     if positions > 255:
-        raise Obstacle(
-            f"{pool.label}: a max pooling window must have at most 255 positions, got {positions}"
-        )
+        raise Obstacle(f"{pool.label}: a max pooling window must have at most 255 positions, got {positions}")
     return pool
 
 
@@ -273,9 +262,7 @@ def _avg_pool_call(node: fx.Node, label: str) -> Operation:
         ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
         (None, None, 0, False, True, None),
     )
-    rows, cols = _windows(
-        values["kernel_size"], values["stride"], values["padding"], 1, values["ceil_mode"]
-    )
+    rows, cols = _windows(values["kernel_size"], values["stride"], values["padding"], 1, values["ceil_mode"])
     return AvgPool(
         node.name,
         label,
@@ -292,21 +279,15 @@ def _batch_norm(node: fx.Node, module: nn.BatchNorm2d, label: str) -> Operation:
 
 
 def _dropout(node: fx.Node, module: nn.Dropout, label: str) -> Operation:
-    return Dropout(
-        node.name, label, _inputs(node), module=module, probability=module.p, noise="element"
-    )
+    return Dropout(node.name, label, _inputs(node), module=module, probability=module.p, noise="element")
 
 
 def _dropout2d(node: fx.Node, module: nn.Dropout2d, label: str) -> Operation:
-    return Dropout(
-        node.name, label, _inputs(node), module=module, probability=module.p, noise="channel"
-    )
+    return Dropout(node.name, label, _inputs(node), module=module, probability=module.p, noise="channel")
 
 
 def _stochastic_depth(node: fx.Node, module: Any, label: str) -> Operation:
-    return Dropout(
-        node.name, label, _inputs(node), module=module, probability=module.p, noise=module.mode
-    )
+    return Dropout(node.name, label, _inputs(node), module=module, probability=module.p, noise=module.mode)
 
 
 def _concatenation(node: fx.Node, label: str) -> Operation:

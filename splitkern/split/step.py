@@ -4,6 +4,7 @@ running statistics. One object per forward pass; recomputation makes its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -53,11 +54,7 @@ class Step:
         self.first_execution = first_execution
         self.shared_noise: dict[str, Tensor] = {} if noise is None else noise
         self._parameters = parameters
-        self._cast_dtype = (
-            torch.get_autocast_dtype(device_type)
-            if torch.is_autocast_enabled(device_type)
-            else None
-        )
+        self._cast_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         self._cast_parameters: dict[str, Tensor] = {}
         self._running: dict[str, tuple[Tensor, Tensor]] = {}
         self._collected: dict[str, tuple[BatchNorm, list[_Statistics]]] = {}
@@ -113,8 +110,8 @@ class Step:
         """Note the statistics [P, C] of patches whose owned outputs have these boundaries."""
         counts = [
             batch * (bottom - top) * (right - left)
-            for top, bottom in zip(rows[:-1], rows[1:], strict=True)
-            for left, right in zip(cols[:-1], cols[1:], strict=True)
+            for top, bottom in itertools.pairwise(rows)
+            for left, right in itertools.pairwise(cols)
         ]
         entry = self._collected.setdefault(operation.name, (operation, []))
         entry[1].append((counts, mean.detach(), m2.detach()))

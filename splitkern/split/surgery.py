@@ -65,7 +65,7 @@ class SplitForward:
         program = self.program(model.training)
         values = self._bind(program, args, kwargs)
         images = [values[name] for name in program.region.inputs]
-        _check_image(program.region.inputs[0], images[0])
+        _check_image(dict(program.arguments)[program.region.inputs[0]], images[0])
         outputs = self._run_region(program, images)
         values.update(zip(program.region.outputs, outputs, strict=True))
         del outputs, images
@@ -82,23 +82,18 @@ class SplitForward:
             self._layouts.clear()
         return program
 
-    def _bind(
-        self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _bind(self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         bound = inspect.signature(type(self.model).forward).bind(self.model, *args, **kwargs)
         given = dict(list(bound.arguments.items())[1:])
         for name, value in self.constants.items():
             if given.pop(name, value) is not value:
                 raise ValueError(
-                    f"{name} must stay at {value!r}, with which the model was split, got "
-                    f"{bound.arguments[name]!r}"
+                    f"{name} must stay at {value!r}, with which the model was split, got {bound.arguments[name]!r}"
                 )
-        missing = [name for name in program.placeholders if name not in given]
-        if missing or len(given) != len(program.placeholders):
-            raise TypeError(
-                f"a split model takes the arguments {list(program.placeholders)}, got {list(given)}"
-            )
-        return given
+        wanted = [argument for _, argument in program.arguments]
+        if sorted(given) != sorted(wanted):
+            raise TypeError(f"a split model takes the arguments {wanted}, got {list(given)}")
+        return {name: given[argument] for name, argument in program.arguments}
 
     def _run_region(self, program: Program, images: Sequence[Tensor]) -> list[Tensor]:
         options, region = self.options, program.region
@@ -132,8 +127,7 @@ class SplitForward:
             except ValueError as error:
                 refusal = error
         raise ValueError(
-            f"none of {_DRAWS} draws of stochastic boundaries fits; use fewer patches or a smaller "
-            f"wiggle ({refusal})"
+            f"none of {_DRAWS} draws of stochastic boundaries fits; use fewer patches or a smaller wiggle ({refusal})"
         )
 
 
@@ -152,12 +146,7 @@ def check_no_hooks(program: Program) -> None:
         ValueError: naming the module.
     """
     for path, module in program.modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise ValueError(
                 f"module {path!r} has forward or backward hooks, which patches would bypass; "
                 f"remove them or join before it"
@@ -170,9 +159,7 @@ def _check_image(name: str, image: object) -> None:
         raise ValueError(f"{name} must be a batch of images [N, C, H, W], got {came}")
 
 
-def make_layout(
-    program: Program, extents: tuple[int, int], options: Options, *, draw: bool = False
-) -> Layout:
+def make_layout(program: Program, extents: tuple[int, int], options: Options, *, draw: bool = False) -> Layout:
     """Cut a program's region for one input size.
 
     Raises:
@@ -182,7 +169,7 @@ def make_layout(
     read = {name for operation in region.operations for name in operation.inputs}
     axes = []
     for axis in (0, 1):
-        sizes = axis_extents(region.operations, axis, {name: extents for name in region.inputs})
+        sizes = axis_extents(region.operations, axis, dict.fromkeys(region.inputs, extents))
         joins: dict[str, Bounds] = {}
         shares: list[float] | None = None
         for name in region.outputs:
@@ -193,9 +180,7 @@ def make_layout(
                 shares = [bound / sizes[name] for bound in joins[name]]
             else:
                 joins[name] = tuple(round(share * sizes[name]) for share in shares)
-        axes.append(
-            axis_layout(region.operations, axis, sizes, joins, halo=options.boundary == "halo")
-        )
+        axes.append(axis_layout(region.operations, axis, sizes, joins, halo=options.boundary == "halo"))
     return Layout(region.operations, axes[0], axes[1], options.boundary == "halo")
 
 
@@ -207,8 +192,7 @@ def _join_bounds(options: Options, axis: int, name: str, extent: int, draw: bool
         return cut
     if cut > extent:
         raise ValueError(
-            f"grid: {('rows', 'columns')[axis]} must be at most the {what} {extent} of the join "
-            f"({name}), got {cut}"
+            f"grid: {('rows', 'columns')[axis]} must be at most the {what} {extent} of the join ({name}), got {cut}"
         )
     if draw:
         return geometry.draw_bounds(extent, cut, options.wiggle)
@@ -239,15 +223,14 @@ def prepare(
     program = forward.program(True)
     if options.evaluation == "split":
         forward.program(False)
-    image = bound_inputs(model, example_inputs)[program.region.inputs[0]]
-    _check_image(program.region.inputs[0], image)
+    argument = dict(program.arguments)[program.region.inputs[0]]
+    image = bound_inputs(model, example_inputs)[argument]
+    _check_image(argument, image)
     layout = make_layout(program, (int(image.shape[2]), int(image.shape[3])), options)
     return forward, program, layout
 
 
-def make_forward(
-    model: nn.Module, example_inputs: Tensor | Sequence[Any], options: Options
-) -> SplitForward:
+def make_forward(model: nn.Module, example_inputs: Tensor | Sequence[Any], options: Options) -> SplitForward:
     """A split forward that is not installed yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -279,8 +262,7 @@ def bound_inputs(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> di
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, Sequence):
         raise TypeError(
-            f"example_inputs must be a tensor or a tuple of the model's arguments, got "
-            f"{type(example_inputs).__name__}"
+            f"example_inputs must be a tensor or a tuple of the model's arguments, got {type(example_inputs).__name__}"
         )
     bound = inspect.signature(type(model).forward).bind(model, *example_inputs)
     return dict(list(bound.arguments.items())[1:])

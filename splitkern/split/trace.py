@@ -39,7 +39,7 @@ class Program:
 
     Args:
         region: what is split.
-        placeholders: names of the model's tensor arguments, in order.
+        arguments: the model's tensor arguments in order, as value name and argument name.
         tail: nodes outside the region in execution order, the output node last.
         dead_after: for every tail node the values that nothing reads after it.
         modules: path and module of everything that the region reads, to notice replacements.
@@ -47,7 +47,7 @@ class Program:
     """
 
     region: Region
-    placeholders: tuple[str, ...]
+    arguments: tuple[tuple[str, str], ...]
     tail: tuple[fx.Node, ...]
     dead_after: tuple[tuple[str, ...], ...]
     modules: tuple[tuple[str, nn.Module], ...]
@@ -124,7 +124,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         self.stack.append(path)
         try:
-            result = super().call_module(m, forward, args, kwargs)  # type: ignore[no-untyped-call]
+            result = super().call_module(m, forward, args, kwargs)
         finally:
             self.stack.pop()
         self.returned[path] = result
@@ -221,16 +221,14 @@ def _select(
     found = [
         node
         for node in graph.nodes
-        if node.op in ("call_module", "call_function")
-        and rules.is_window(node, _module_of(model, node))
+        if node.op in ("call_module", "call_function") and rules.is_window(node, _module_of(model, node))
     ]
     if windows is None:
         assert extent.depth is not None
         windows = int(extent.depth * len(found))
         if windows < 1:
             raise ValueError(
-                f"depth must reach at least one of the {len(found)} convolutions and poolings, "
-                f"got {extent.depth}"
+                f"depth must reach at least one of the {len(found)} convolutions and poolings, got {extent.depth}"
             )
     chosen = _ancestors(found[:windows])
     # Whatever follows without another window costs no boundary: take it in.
@@ -295,22 +293,15 @@ def _program(model: nn.Module, graph: fx.Graph, chosen: Sequence[fx.Node]) -> Pr
         try:
             if node.op == "get_attr":
                 raise Obstacle(
-                    f"{node.target}: a parameter or buffer that forward reads directly cannot be "
-                    f"inside a split region"
+                    f"{node.target}: a parameter or buffer that forward reads directly cannot be inside a split region"
                 )
             operations.append(rules.operation_of(node, _module_of(model, node), _label(node)))
         except Obstacle as error:
             raise Obstacle(f"{error}; {_join_before(node, previous)}") from None
         previous = node
-    outputs = [
-        node.name
-        for node in chosen
-        if any(user not in inside for user in node.users) or not node.users
-    ]
+    outputs = [node.name for node in chosen if any(user not in inside for user in node.users) or not node.users]
     inputs = [
-        node.name
-        for node in graph.nodes
-        if node.op == "placeholder" and any(user in inside for user in node.users)
+        node.name for node in graph.nodes if node.op == "placeholder" and any(user in inside for user in node.users)
     ]
     if len(inputs) != 1:
         raise Obstacle(f"the split region must begin at one input image, got {inputs}")
@@ -318,7 +309,7 @@ def _program(model: nn.Module, graph: fx.Graph, chosen: Sequence[fx.Node]) -> Pr
     tail = [node for node in graph.nodes if node not in inside and node.op != "placeholder"]
     return Program(
         region=Region(tuple(operations), tuple(inputs), tuple(outputs)),
-        placeholders=tuple(node.name for node in graph.nodes if node.op == "placeholder"),
+        arguments=tuple((node.name, str(node.target)) for node in graph.nodes if node.op == "placeholder"),
         tail=tuple(tail),
         dead_after=_dead_after(tail),
         modules=tuple(_modules(model, chosen)),
@@ -346,10 +337,7 @@ def _dead_after(tail: Sequence[fx.Node]) -> tuple[tuple[str, ...], ...]:
     for index, node in enumerate(tail):
         for source in (*node.all_input_nodes, node):
             last[source.name] = index
-    return tuple(
-        tuple(name for name, index in last.items() if index == position)
-        for position in range(len(tail))
-    )
+    return tuple(tuple(name for name, index in last.items() if index == position) for position in range(len(tail)))
 
 
 def _readers(operations: Sequence[Operation]) -> dict[str, list[Operation]]:
@@ -391,9 +379,9 @@ def _reuse_inputs(operations: Sequence[Operation], outputs: Sequence[str]) -> li
         if isinstance(operation, Pointwise) and operation.kind in ("relu", "add"):
             source = operation.inputs[0]
             writer = writers.get(source)
-            fresh = (
-                isinstance(writer, Convolution | BatchNorm) and writer.activation == "none"
-            ) or (isinstance(writer, Pointwise) and writer.kind == "add")
+            fresh = (isinstance(writer, Convolution | BatchNorm) and writer.activation == "none") or (
+                isinstance(writer, Pointwise) and writer.kind == "add"
+            )
             if fresh and len(readers[source]) == 1 and source not in outputs:
                 operation = replace(operation, reuse_input=True)
         result.append(operation)
@@ -414,7 +402,7 @@ def fake_shapes(
             self.model = model
 
         def forward(self, *args: Tensor) -> None:
-            values: dict[str, Any] = dict(zip(program.placeholders, args, strict=True))
+            values: dict[str, Any] = {name: arg for (name, _), arg in zip(program.arguments, args, strict=True)}
             for node in program.graph.nodes:
                 if node.op in ("placeholder", "output"):
                     continue
@@ -426,7 +414,7 @@ def fake_shapes(
 
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, torch.no_grad():
         runner = _Run()
-        state = {
+        state: dict[str, Tensor] = {
             **{name: mode.from_tensor(tensor) for name, tensor in runner.named_parameters()},
             **{name: mode.from_tensor(tensor) for name, tensor in runner.named_buffers()},
         }
