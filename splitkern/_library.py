@@ -1,12 +1,13 @@
 """Loads the native operator library `_ops.so` and checks that it belongs to this Python package.
 
-Imported by `splitkern/__init__.py`; loading registers the operators as `torch.ops.splitkern.*`. torch must be imported
+`splitkern/ops` calls `load` at import, which registers the operators as `torch.ops.splitkern.*`. torch must be imported
 first: the library finds torch's symbols in the process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ def _load(path: Path) -> BuildInfo:
     )
 
 
-_BUILD_INFO = _load(_LIBRARY)
+@functools.cache
+def load() -> BuildInfo:
+    """Loads the library, once, and returns what it says of itself. Raises ImportError naming the file and the reason."""
+    return _load(_LIBRARY)
 
 
 def build_info() -> BuildInfo:
@@ -88,4 +92,4 @@ def build_info() -> BuildInfo:
         >>> sk.build_info().version == sk.__version__
         True
     """
-    return _BUILD_INFO
+    return load()
