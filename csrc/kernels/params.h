@@ -244,8 +244,10 @@ struct BatchNormStatsParams {
   int64_t patches;         // of the whole call
   PatchGrid grid;
   Strides4 input_strides;
+  double eps;
   PatchStatistic mean;
   PatchStatistic m2;
+  PatchStatistic invstd;  // 1 / sqrt(m2 / pixels + eps); null where it is not wanted
   const void* input;
   void* partial_mean;
   void* partial_m2;

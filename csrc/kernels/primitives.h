@@ -73,6 +73,12 @@ SPLITKERN_DEVICE float multiply_add(float a, float b, float c) {
 SPLITKERN_DEVICE double multiply_add(double a, double b, double c) {
   return __fma_rn(a, b, c);
 }
+SPLITKERN_DEVICE float square_root(float value) {
+  return __fsqrt_rn(value);
+}
+SPLITKERN_DEVICE double square_root(double value) {
+  return __dsqrt_rn(value);
+}
 
 // Throws for a failed call. Reading the error also clears it where CUDA lets it be cleared, so a
 // refused launch does not surface again in somebody else's next call.
@@ -198,6 +204,12 @@ inline float multiply_add(float a, float b, float c) {
 }
 inline double multiply_add(double a, double b, double c) {
   return std::fma(a, b, c);
+}
+inline float square_root(float value) {
+  return std::sqrt(value);
+}
+inline double square_root(double value) {
+  return std::sqrt(value);
 }
 
 // Threads run in descending order, so that a kernel that relies on an earlier thread shows it.

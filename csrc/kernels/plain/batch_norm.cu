@@ -146,6 +146,11 @@ __global__ void batch_norm_stats_merge_kernel(const __grid_constant__ BatchNormS
     }
     *statistic_at<Value>(params.mean, first.box.patch, first.channel) = mean;
     *statistic_at<Value>(params.m2, first.box.patch, first.channel) = m2;
+    if (params.invstd.values != nullptr) {
+      const Value pixels = first.box.pixels == 0 ? Value(1) : static_cast<Value>(first.box.pixels);
+      *statistic_at<Value>(params.invstd, first.box.patch, first.channel) =
+          Value(1) / square_root(m2 / pixels + static_cast<Value>(params.eps));
+    }
   }
 }
 

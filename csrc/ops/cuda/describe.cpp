@@ -1,6 +1,7 @@
 // See describe.h.
 #include "describe.h"
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -36,8 +37,7 @@ int32_t to_int32(const char* operation, const char* what, int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-kernels::ElementType element_type(const char* operation, const torch::stable::Tensor& tensor) {
-  using torch::headeronly::ScalarType;
+kernels::ElementType element_type(const char* operation, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return kernels::ElementType::kFloat64;
@@ -53,24 +53,22 @@ kernels::ElementType element_type(const char* operation, const torch::stable::Te
   }
 }
 
-kernels::Strides4 strides_of(const torch::stable::Tensor& tensor) {
+kernels::Strides4 element_strides(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
-bool channels_fastest(const torch::stable::Tensor& tensor) {
+bool channels_fastest(const Tensor& tensor) {
   return tensor.stride(1) < tensor.stride(3);
 }
 
-kernels::WindowAxis window_axis(const char* operation, int64_t kernel, int64_t stride, int64_t padding,
-                                int64_t dilation) {
-  return {to_int32(operation, "kernel_size", kernel), to_int32(operation, "stride", stride),
-          to_int32(operation, "padding", padding), to_int32(operation, "dilation", dilation)};
+kernels::WindowAxis window_axis(const char* operation, const Window& window, int axis) {
+  return {to_int32(operation, "kernel_size", window.kernel[axis]), to_int32(operation, "stride", window.stride[axis]),
+          to_int32(operation, "padding", window.padding[axis]), to_int32(operation, "dilation", window.dilation[axis])};
 }
 
-std::vector<kernels::PatchGrid> patch_grids(const char* operation, const IntList& in_rows, const IntList& in_cols,
-                                            const IntList& out_rows, const IntList& out_cols) {
-  const std::vector<kernels::AxisPatches> row_runs = axis_runs(operation, in_rows, out_rows);
-  const std::vector<kernels::AxisPatches> column_runs = axis_runs(operation, in_cols, out_cols);
+std::vector<kernels::PatchGrid> patch_grids(const char* operation, const Bounds& bounds) {
+  const std::vector<kernels::AxisPatches> row_runs = axis_runs(operation, bounds.in_rows, bounds.out_rows);
+  const std::vector<kernels::AxisPatches> column_runs = axis_runs(operation, bounds.in_cols, bounds.out_cols);
   std::vector<kernels::PatchGrid> grids;
   for (const kernels::AxisPatches& rows : row_runs) {
     for (const kernels::AxisPatches& columns : column_runs) grids.push_back({rows, columns});
@@ -81,6 +79,11 @@ std::vector<kernels::PatchGrid> patch_grids(const char* operation, const IntList
 int32_t reduction_segments(int64_t results, int64_t terms) {
   const int64_t wanted = std::max<int64_t>(1, kReductionThreads / std::max<int64_t>(results, 1));
   return static_cast<int32_t>(std::min(wanted, std::max<int64_t>(terms, 1)));
+}
+
+Tensor new_workspace(const Tensor& like, int64_t elements) {
+  const ScalarType type = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, {&elements, 1}, type);
 }
 
 }  // namespace splitkern::cuda

@@ -1,0 +1,174 @@
+// CUDA bodies of the three convolution operators: check, allocate, describe, launch. Called by the
+// dispatcher; arguments.h refuses everything that the kernels do not expect.
+#include "operators.h"
+
+#include "describe.h"
+#include "device_scope.h"
+#include "kernels/launchers.h"
+
+namespace splitkern::cuda {
+
+namespace {
+
+void run_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvCall& call,
+                 const Tensor& output) {
+  constexpr const char* kOperator = kernels::ConvForwardParams::kOperator;
+  if (output.numel() == 0) return;
+  const DeviceScope device(input);
+  kernels::ConvForwardParams params{};
+  params.type = element_type(kOperator, input);
+  params.batch = to_int32(kOperator, "the batch", output.size(0));
+  params.out_channels = to_int32(kOperator, "out_channels", output.size(1));
+  params.in_channels_per_group = to_int32(kOperator, "in_channels", weight.size(1));
+  params.out_channels_per_group = to_int32(kOperator, "out_channels", output.size(1) / call.groups);
+  params.relu = call.relu;
+  params.channels_fastest = channels_fastest(output);
+  params.row_window = window_axis(kOperator, call.window, 0);
+  params.column_window = window_axis(kOperator, call.window, 1);
+  params.input_strides = element_strides(input);
+  params.weight_strides = element_strides(weight);
+  params.output_strides = element_strides(output);
+  params.input = input.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.output = output.mutable_data_ptr();
+  if (bias.has_value()) {
+    params.bias_stride = bias->stride(0);
+    params.bias = bias->const_data_ptr();
+  }
+  for (const kernels::PatchGrid& grid : patch_grids(kOperator, call.bounds)) {
+    params.grid = grid;
+    kernels::launch_conv_forward(params, device.stream());
+  }
+}
+
+void run_input_grad(const Tensor& grad_output, const Tensor& weight, const ConvCall& call, const Tensor& output) {
+  constexpr const char* kOperator = kernels::ConvInputGradParams::kOperator;
+  if (output.numel() == 0) return;
+  const DeviceScope device(grad_output);
+  kernels::ConvInputGradParams params{};
+  params.type = element_type(kOperator, grad_output);
+  params.batch = to_int32(kOperator, "the batch", output.size(0));
+  params.in_channels = to_int32(kOperator, "in_channels", output.size(1));
+  params.in_channels_per_group = to_int32(kOperator, "in_channels", weight.size(1));
+  params.out_channels_per_group = to_int32(kOperator, "out_channels", weight.size(0) / call.groups);
+  params.channels_fastest = channels_fastest(output);
+  params.row_window = window_axis(kOperator, call.window, 0);
+  params.column_window = window_axis(kOperator, call.window, 1);
+  params.grad_output_strides = element_strides(grad_output);
+  params.weight_strides = element_strides(weight);
+  params.output_strides = element_strides(output);
+  params.grad_output = grad_output.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.output = output.mutable_data_ptr();
+  for (const kernels::PatchGrid& grid : patch_grids(kOperator, call.bounds)) {
+    params.grid = grid;
+    kernels::launch_conv_input_grad(params, device.stream());
+  }
+}
+
+void run_weight_grad(const Tensor& grad_output, const Tensor& input, const ConvCall& call, bool accumulate,
+                     const Tensor& output) {
+  constexpr const char* kOperator = kernels::ConvWeightGradParams::kOperator;
+  if (output.numel() == 0) return;
+  const DeviceScope device(grad_output);
+  const std::vector<kernels::PatchGrid> grids = patch_grids(kOperator, call.bounds);
+
+  kernels::ConvWeightGradParams params{};
+  params.type = element_type(kOperator, grad_output);
+  params.batch = to_int32(kOperator, "the batch", grad_output.size(0));
+  params.out_channels = to_int32(kOperator, "out_channels", output.size(0));
+  params.in_channels_per_group = to_int32(kOperator, "in_channels", output.size(1));
+  params.out_channels_per_group = to_int32(kOperator, "out_channels", output.size(0) / call.groups);
+  params.row_window = window_axis(kOperator, call.window, 0);
+  params.column_window = window_axis(kOperator, call.window, 1);
+  params.grad_output_strides = element_strides(grad_output);
+  params.input_strides = element_strides(input);
+  params.grad_output = grad_output.const_data_ptr();
+  params.input = input.const_data_ptr();
+
+  // An empty batch has no launch in stage one: stage two then adds nothing.
+  const int64_t launches = grad_output.numel() == 0 ? 0 : static_cast<int64_t>(grids.size());
+  const int64_t units = grad_output.size(0) * call.bounds.out_rows.back() * call.bounds.col_patches();
+  params.segments = launches == 0 ? 0 : reduction_segments(output.numel() * launches, units / launches);
+  const Tensor workspace = new_workspace(grad_output, output.numel() * params.segments * launches);
+  params.partial_sums = workspace.mutable_data_ptr();
+  for (int64_t i = 0; i < launches; ++i) {
+    params.grid = grids[i];
+    params.first_segment = to_int32(kOperator, "the number of partial sums", i * params.segments);
+    kernels::launch_conv_weight_grad(params, device.stream());
+  }
+
+  kernels::ConvWeightGradReduceParams reduce{};
+  reduce.type = params.type;
+  reduce.out_channels = params.out_channels;
+  reduce.in_channels_per_group = params.in_channels_per_group;
+  reduce.kernel_rows = to_int32(kOperator, "kernel rows", output.size(2));
+  reduce.kernel_columns = to_int32(kOperator, "kernel columns", output.size(3));
+  reduce.segments = to_int32(kOperator, "the number of partial sums", params.segments * launches);
+  reduce.accumulate = accumulate;
+  reduce.output_strides = element_strides(output);
+  reduce.partial_sums = workspace.const_data_ptr();
+  reduce.output = output.mutable_data_ptr();
+  kernels::launch_conv_weight_grad_reduce(reduce, device.stream());
+}
+
+}  // namespace
+
+Tensor patch_conv2d(const Tensor& input, const Tensor& weight, OptionalTensor bias, IntList stride, IntList padding,
+                    IntList dilation, int64_t groups, IntList in_rows, IntList in_cols, IntList out_rows,
+                    IntList out_cols, StringArgument activation) {
+  const ConvCall call = check_conv2d(input, weight, bias, stride, padding, dilation, groups,
+                                     {in_rows, in_cols, out_rows, out_cols}, activation);
+  const Tensor output = new_output(input, call.output_size);
+  run_forward(input, weight, bias, call, output);
+  return output;
+}
+
+void patch_conv2d_out(const Tensor& input, const Tensor& weight, OptionalTensor bias, IntList stride, IntList padding,
+                      IntList dilation, int64_t groups, IntList in_rows, IntList in_cols, IntList out_rows,
+                      IntList out_cols, StringArgument activation, const Tensor& output) {
+  const ConvCall call = check_conv2d(input, weight, bias, stride, padding, dilation, groups,
+                                     {in_rows, in_cols, out_rows, out_cols}, activation);
+  check_output(kConv2d, "output", output, input, call.output_size, input.scalar_type());
+  run_forward(input, weight, bias, call, output);
+}
+
+Tensor patch_conv2d_input_grad(const Tensor& grad_output, const Tensor& weight, IntList input_size, IntList stride,
+                               IntList padding, IntList dilation, int64_t groups, IntList in_rows, IntList in_cols,
+                               IntList out_rows, IntList out_cols) {
+  const ConvCall call = check_conv2d_input_grad(grad_output, weight, input_size, stride, padding, dilation, groups,
+                                                {in_rows, in_cols, out_rows, out_cols});
+  const Tensor output = new_output(grad_output, call.input_size);
+  run_input_grad(grad_output, weight, call, output);
+  return output;
+}
+
+void patch_conv2d_input_grad_out(const Tensor& grad_output, const Tensor& weight, IntList input_size, IntList stride,
+                                 IntList padding, IntList dilation, int64_t groups, IntList in_rows, IntList in_cols,
+                                 IntList out_rows, IntList out_cols, const Tensor& output) {
+  const ConvCall call = check_conv2d_input_grad(grad_output, weight, input_size, stride, padding, dilation, groups,
+                                                {in_rows, in_cols, out_rows, out_cols});
+  check_output(kConv2dInputGrad, "output", output, grad_output, call.input_size, grad_output.scalar_type());
+  run_input_grad(grad_output, weight, call, output);
+}
+
+Tensor patch_conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, IntList weight_size, IntList stride,
+                                IntList padding, IntList dilation, int64_t groups, IntList in_rows, IntList in_cols,
+                                IntList out_rows, IntList out_cols) {
+  const ConvCall call = check_conv2d_weight_grad(grad_output, input, weight_size, stride, padding, dilation, groups,
+                                                 {in_rows, in_cols, out_rows, out_cols});
+  const Tensor output = new_contiguous(grad_output, call.weight_size, grad_output.scalar_type());
+  run_weight_grad(grad_output, input, call, false, output);
+  return output;
+}
+
+void patch_conv2d_weight_grad_out(const Tensor& grad_output, const Tensor& input, IntList weight_size, IntList stride,
+                                  IntList padding, IntList dilation, int64_t groups, IntList in_rows, IntList in_cols,
+                                  IntList out_rows, IntList out_cols, bool accumulate, const Tensor& output) {
+  const ConvCall call = check_conv2d_weight_grad(grad_output, input, weight_size, stride, padding, dilation, groups,
+                                                 {in_rows, in_cols, out_rows, out_cols});
+  check_output(kConv2dWeightGrad, "output", output, grad_output, call.weight_size, grad_output.scalar_type());
+  run_weight_grad(grad_output, input, call, accumulate, output);
+}
+
+}  // namespace splitkern::cuda
