@@ -85,7 +85,16 @@ def build_library(version: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
         fresh = not key_file.is_file() or key_file.read_text() != key
         key_file.unlink(missing_ok=True)
-        configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), *(["--fresh"] if fresh else []), *arguments]
+        configure = [
+            cmake,
+            "--log-level=NOTICE",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(BUILD),
+            *(["--fresh"] if fresh else []),
+            *arguments,
+        ]
         for command in (configure, [cmake, "--build", str(BUILD), "--target", "_ops", "--parallel", jobs]):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit(f"splitkern: the native build failed: {shlex.join(command)}")

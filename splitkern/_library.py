@@ -77,7 +77,7 @@ def _load(path: Path) -> BuildInfo:
 
 @functools.cache
 def load() -> BuildInfo:
-    """Loads the library, once, and returns what it says of itself. Raises ImportError naming the file and the reason."""
+    """Loads the library, once, and returns what it says of itself; ImportError names the file and the reason."""
     return _load(_LIBRARY)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-import splitkern
+from splitkern._library import BuildInfo, build_info
+from splitkern._version import __version__
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -50,7 +51,7 @@ class Findings:
     torch_cuda: str | None
     driver: str | None
     gpus: tuple[Gpu, ...]
-    build: splitkern.BuildInfo
+    build: BuildInfo
     paths: tuple[OperatorPath, ...]
 
 
@@ -78,12 +79,12 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> Findings:
     """Looks at torch, the driver, the GPUs and the native library, and tries every operator path."""
-    build = splitkern.build_info()
+    build = build_info()
     gpus = tuple(_gpus(build.cuda_architectures))
     paths = (_cpu_path(), _plain_cuda_path(build, gpus))
     return Findings(
         usable=any(path.available for path in paths),
-        splitkern=splitkern.__version__,
+        splitkern=__version__,
         python=platform.python_version(),
         torch=str(torch.__version__),
         torch_cuda=torch.version.cuda,
@@ -162,14 +163,14 @@ def _cpu_path() -> OperatorPath:
     return OperatorPath("cpu", failure is None, failure or "a trial convolution equals PyTorch's")
 
 
-def _plain_cuda_path(build: splitkern.BuildInfo, gpus: tuple[Gpu, ...]) -> OperatorPath:
+def _plain_cuda_path(build: BuildInfo, gpus: tuple[Gpu, ...]) -> OperatorPath:
     reason = _why_no_cuda(build, gpus)
     if reason is None:
         reason = _try_convolution(torch.device("cuda", torch.cuda.current_device()))
     return OperatorPath("cuda plain", reason is None, reason or "a trial convolution equals PyTorch's")
 
 
-def _why_no_cuda(build: splitkern.BuildInfo, gpus: tuple[Gpu, ...]) -> str | None:
+def _why_no_cuda(build: BuildInfo, gpus: tuple[Gpu, ...]) -> str | None:
     if build.cuda_compiler is None:
         return "splitkern was built without nvcc; set CUDA_HOME to a CUDA 13 toolkit and rebuild"
     if torch.version.cuda is None:
@@ -187,7 +188,7 @@ def _try_convolution(device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, 8, 6, generator=generator).to(device)
     weight = torch.randn(4, 3, 3, 3, generator=generator).to(device)
-    halves = [torch.nn.functional.conv2d(half, weight, padding=1) for half in image.split(4, dim=2)]
+    halves = [torch.nn.functional.conv2d(half, weight, padding=1) for half in image.chunk(2, dim=2)]
     try:
         result = torch.ops.splitkern.patch_conv2d(
             image, weight, None, [1, 1], [1, 1], [1, 1], 1, [0, 4, 8], [0, 6], [0, 4, 8], [0, 6], "none"
@@ -217,7 +218,8 @@ def _as_text(findings: Findings) -> str:
     for index, gpu in enumerate(findings.gpus):
         memory_gib = gpu.memory_bytes / 2**30
         lines.append(
-            f"GPU {index}       {gpu.name}, compute capability {gpu.compute_capability}, {memory_gib:.1f} GiB; runs {gpu.code}"
+            f"GPU {index}       {gpu.name}, compute capability {gpu.compute_capability}, "
+            f"{memory_gib:.1f} GiB; runs {gpu.code}"
         )
     if not findings.gpus:
         lines.append("GPU         none visible to PyTorch")
