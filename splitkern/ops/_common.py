@@ -27,7 +27,7 @@ INTEGER = (int, torch.SymInt)
 
 # Registrations live as long as this object does; the schemas come from the native library.
 _library.load()
-registrations = torch.library.Library("splitkern", "FRAGMENT")
+registrations = torch.library.Library("splitkern", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def pair(value: Ints) -> Sequence[int]:
@@ -35,23 +35,45 @@ def pair(value: Ints) -> Sequence[int]:
     return (value, value) if isinstance(value, INTEGER) else value
 
 
-def whole_axis(
+def fill_bounds(
     operator: str,
-    axis: str,
-    extent: int,
-    bounds: tuple[Bounds, Bounds],
-    window: Callable[[], geometry.Window],
-) -> tuple[Sequence[int], Sequence[int]]:
-    """Bounds of an axis that is one patch, where the caller gave none."""
-    if bounds[0] is not None or bounds[1] is not None:
-        raise ValueError(
-            f"{operator}: in_{axis} and out_{axis} must be given together or not at all, "
-            f"got {bounds[0]} and {bounds[1]}"
-        )
-    try:
-        return (0, extent), (0, window().output_extent(extent))
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{operator}: {axis}: {error}") from None
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    bounds: tuple[Bounds, Bounds, Bounds, Bounds],
+) -> list[Sequence[int]]:
+    """The four boundary lists; an axis for which the caller gave none is one patch.
+
+    Raises:
+        TypeError, ValueError: for an input that is no 4-dimensional floating tensor, a list without
+            its partner, or options that leave no output.
+    """
+    check_tensor(operator, "input", input, 4)
+    filled: list[Sequence[int]] = [(), (), (), ()]
+    for axis, name in ((0, "rows"), (1, "cols")):
+        incoming, outgoing = bounds[axis], bounds[axis + 2]
+        if incoming is None and outgoing is None:
+            extent = input.shape[2 + axis]
+            if extent < 1:
+                raise ValueError(
+                    f"{operator}: input must have a height and width of at least 1, got shape {list(input.shape)}"
+                )
+            check_options(operator, kernel, stride, padding, dilation)
+            window = geometry.Window(kernel[axis], stride[axis], padding[axis], dilation[axis], ceil_mode)
+            try:
+                incoming, outgoing = (0, extent), (0, window.output_extent(extent))
+            except ValueError as error:
+                raise ValueError(f"{operator}: {name}: {error}") from None
+        if incoming is None or outgoing is None:
+            raise ValueError(
+                f"{operator}: in_{name} and out_{name} must be given together or not at all, "
+                f"got {incoming} and {outgoing}"
+            )
+        filled[axis], filled[axis + 2] = incoming, outgoing
+    return filled
 
 
 def call(overload: Any, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +168,21 @@ def check_activation(operator: str, activation: Any) -> None:
         raise ValueError(f"{operator}: activation must be 'none' or 'relu', got {activation!r}")
 
 
+def check_options(
+    operator: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Window options, two integers each."""
+    for argument, values in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
+        check_ints(operator, argument, values, 2)
+        if any(value < 1 for value in values):
+            raise ValueError(f"{operator}: {argument} must be at least 1, got {list(values)}")
+    check_ints(operator, "padding", padding, 2)
+
+
 def check_axes(
     operator: str,
     extents: Sequence[int],
@@ -169,11 +206,7 @@ def check_axes(
         TypeError: for values that are not integers.
         ValueError: naming argument, rule and what came.
     """
-    for argument, values in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
-        check_ints(operator, argument, values, 2)
-        if any(value < 1 for value in values):
-            raise ValueError(f"{operator}: {argument} must be at least 1, got {list(values)}")
-    check_ints(operator, "padding", padding, 2)
+    check_options(operator, kernel, stride, padding, dilation)
     for axis, name, what in ((0, "rows", "height"), (1, "cols", "width")):
         incoming, outgoing = bounds[axis], bounds[axis + 2]
         check_ints(operator, f"in_{name}", incoming)
@@ -221,6 +254,11 @@ def check_output(
     check_like(operator, argument, value, like, of, *((dtype,) if dtype is not None else ()))
 
 
+def register_kernel(name: str, kernel: Callable[..., Any], key: str, *, with_keyset: bool = False) -> None:
+    """Register a kernel of ``splitkern::name`` for a dispatch key."""
+    registrations.impl(name, kernel, key, with_keyset=with_keyset)  # type: ignore[no-untyped-call]
+
+
 def refuse_gradients(name: str) -> None:
     """Register what an ``.out`` overload does under autograd: refuse, or write without a trace.
 
@@ -240,7 +278,7 @@ def refuse_gradients(name: str) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
-    registrations.impl(f"{name}.out", kernel, "Autograd", with_keyset=True)
+    register_kernel(f"{name}.out", kernel, "Autograd", with_keyset=True)
 
 
 def register_fake(name: str) -> Callable[[Registered], Registered]:

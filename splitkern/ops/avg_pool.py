@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitkern.geometry import Window
 from splitkern.ops._common import (
     INTEGER,
     Bounds,
@@ -19,12 +18,12 @@ from splitkern.ops._common import (
     check_shape,
     check_sizes,
     check_tensor,
+    fill_bounds,
     new_like,
     pair,
     refuse_gradients,
     register_autograd,
     register_fake,
-    whole_axis,
 )
 
 _FORWARD = "splitkern::patch_avg_pool2d"
@@ -100,24 +99,10 @@ def patch_avg_pool2d(
     kernel_size, padding = pair(kernel_size), pair(padding)
     stride = kernel_size if stride is None else pair(stride)
     if in_rows is None or out_rows is None or in_cols is None or out_cols is None:
-        check_tensor(_FORWARD, "input", input, 4)
-        window = (kernel_size, stride, padding)
-        if in_rows is None or out_rows is None:
-            in_rows, out_rows = whole_axis(
-                _FORWARD,
-                "rows",
-                input.shape[2],
-                (in_rows, out_rows),
-                lambda: Window(*(values[0] for values in window), ceil_mode=ceil_mode),
-            )
-        if in_cols is None or out_cols is None:
-            in_cols, out_cols = whole_axis(
-                _FORWARD,
-                "cols",
-                input.shape[3],
-                (in_cols, out_cols),
-                lambda: Window(*(values[1] for values in window), ceil_mode=ceil_mode),
-            )
+        bounds = (in_rows, in_cols, out_rows, out_cols)
+        in_rows, in_cols, out_rows, out_cols = fill_bounds(
+            _FORWARD, input, kernel_size, stride, padding, _NO_DILATION, ceil_mode, bounds
+        )
     # fmt: off
     arguments = (input, kernel_size, stride, padding, count_include_pad, divisor_override,
                  in_rows, in_cols, out_rows, out_cols)

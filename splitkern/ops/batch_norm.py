@@ -7,6 +7,7 @@ formulas run in differentiable PyTorch operations instead.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -97,12 +98,12 @@ def _check_statistics(operator: str, input: Tensor, patches: Sequence[int], **va
 def _patches(input: Tensor, rows: Sequence[int], cols: Sequence[int]) -> Iterator[Tensor]:
     """The patches of a tensor in row-major order, in the type of the statistics."""
     work = statistics_dtype(input.dtype)
-    for top, bottom in zip(rows[:-1], rows[1:], strict=True):
-        for left, right in zip(cols[:-1], cols[1:], strict=True):
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(cols):
             yield input[:, :, top:bottom, left:right].to(work)
 
 
-def _joined(patches: Sequence[Tensor], cols: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _joined(patches: list[Tensor], cols: Sequence[int], dtype: torch.dtype) -> Tensor:
     across = len(cols) - 1
     strips = [torch.cat(patches[i : i + across], 3) for i in range(0, len(patches), across)]
     return torch.cat(strips, 2).to(dtype)

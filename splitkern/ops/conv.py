@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitkern.geometry import Window
 from splitkern.ops._common import (
     Bounds,
     Ints,
@@ -23,13 +22,13 @@ from splitkern.ops._common import (
     check_shape,
     check_sizes,
     check_tensor,
+    fill_bounds,
     new_like,
     pair,
     refuse_gradients,
     register_autograd,
     register_fake,
-    registrations,
-    whole_axis,
+    register_kernel,
 )
 
 _FORWARD = "splitkern::patch_conv2d"
@@ -94,10 +93,12 @@ def patch_conv2d(
     Source: Jin and Hong, Split-CNN, ASPLOS 2019, section 3.
     """
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
-    if in_rows is None or out_rows is None:
-        in_rows, out_rows = _whole_axis(0, input, weight, stride, padding, dilation, in_rows, out_rows)
-    if in_cols is None or out_cols is None:
-        in_cols, out_cols = _whole_axis(1, input, weight, stride, padding, dilation, in_cols, out_cols)
+    if in_rows is None or out_rows is None or in_cols is None or out_cols is None:
+        check_tensor(_FORWARD, "weight", weight, 4)
+        bounds = (in_rows, in_cols, out_rows, out_cols)
+        in_rows, in_cols, out_rows, out_cols = fill_bounds(
+            _FORWARD, input, weight.shape[2:], stride, padding, dilation, False, bounds
+        )
     # fmt: off
     arguments = (input, weight, bias, stride, padding, dilation, groups,
                  in_rows, in_cols, out_rows, out_cols, activation)
@@ -107,27 +108,6 @@ def patch_conv2d(
         return result
     call(_forward_out, _explain_forward, *arguments, output=output)
     return output
-
-
-def _whole_axis(
-    axis: int,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    incoming: Bounds,
-    outgoing: Bounds,
-) -> tuple[Sequence[int], Sequence[int]]:
-    check_tensor(_FORWARD, "input", input, 4)
-    check_tensor(_FORWARD, "weight", weight, 4)
-    return whole_axis(
-        _FORWARD,
-        "cols" if axis else "rows",
-        input.shape[2 + axis],
-        (incoming, outgoing),
-        lambda: Window(weight.shape[2 + axis], stride[axis], padding[axis], dilation[axis]),
-    )
 
 
 def _explain_forward(input: Any, weight: Any, bias: Any, *rest: Any, output: Any = None) -> None:
@@ -141,6 +121,7 @@ def _check_weight(
     channels: int,
     weight_shape: Sequence[int],
     groups: Any,
+    argument: str = "weight",
 ) -> None:
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"{operator}: groups must be an integer of at least 1, got {groups}")
@@ -148,7 +129,7 @@ def _check_weight(
         raise ValueError(f"{operator}: groups must divide the input channels {channels}, got {groups}")
     if weight_shape[1] * groups != channels:
         raise ValueError(
-            f"{operator}: weight must have {channels // groups} input channels per group "
+            f"{operator}: {argument} must have {channels // groups} input channels per group "
             f"(input channels {channels}, groups {groups}), got shape {list(weight_shape)}"
         )
     if weight_shape[0] % groups != 0:
@@ -263,8 +244,8 @@ def _autocast_kernel(overload: Any, device_type: str, key: torch._C.DispatchKey)
 # The gradients have no autocast rule: they are given tensors of the type that the forward used.
 for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _dispatch_key = getattr(torch._C.DispatchKey, _key)
-    registrations.impl("patch_conv2d", _autocast_kernel(_forward, _type, _dispatch_key), _key)
-    registrations.impl("patch_conv2d.out", _autocast_kernel(_forward_out, _type, _dispatch_key), _key)
+    register_kernel("patch_conv2d", _autocast_kernel(_forward, _type, _dispatch_key), _key)
+    register_kernel("patch_conv2d.out", _autocast_kernel(_forward_out, _type, _dispatch_key), _key)
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -481,7 +462,7 @@ def _check_weight_grad(
     check_tensor(_WEIGHT_GRAD, "input", input, 4)
     check_like(_WEIGHT_GRAD, "input", input, grad_output, "grad_output")
     check_sizes(_WEIGHT_GRAD, "weight_size", weight_size)
-    _check_weight(_WEIGHT_GRAD, input.shape[1], weight_size, groups)
+    _check_weight(_WEIGHT_GRAD, input.shape[1], weight_size, groups, "weight_size")
     check_axes(
         _WEIGHT_GRAD,
         input.shape[2:],
