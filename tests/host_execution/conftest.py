@@ -1,0 +1,64 @@
+"""Builds the library that executes the CUDA kernels on the CPU, once per session."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernel_checks.comparisons import Operators
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def find_tool(name: str) -> str | None:
+    """cmake or ninja: beside this Python, from the Python package of that name, else from the PATH."""
+    spec = importlib.util.find_spec(name)
+    candidates = [Path(sys.prefix) / "bin" / name]
+    if spec is not None and spec.origin is not None:
+        candidates.append(Path(spec.origin).parent / "data" / "bin" / name)
+    return next((str(path) for path in candidates if path.is_file()), shutil.which(name))
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
+
+
+@pytest.fixture(scope="session")
+def host_build() -> Path:
+    """The build folder of the library, built without CUDA; incremental."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name):
+        pytest.skip("no C++ compiler")
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    assert cmake is not None and ninja is not None, "the build needs cmake and ninja: pip install cmake ninja"
+    torch_folder = Path(torch.__file__).parent
+    # torch's version is part of the path: objects built against one torch's headers are not another's.
+    build = ROOT / "build" / f"host_execution-{torch.__version__}"
+    run(
+        cmake,
+        *("-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+        *("-DSPLITKERN_BUILD_HOST_EXECUTION=ON", "-DSPLITKERN_CUDA=OFF", "-DSPLITKERN_VERSION=test"),
+        f"-DSPLITKERN_TORCH_INCLUDE={torch_folder / 'include'}",
+        f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
+    )
+    run(cmake, "--build", str(build), "--target", "_ops_host_execution", "--parallel", "2")
+    return build
+
+
+def load(library: Path, namespace: str) -> Operators:
+    torch.ops.load_library(library)
+    found: Any = getattr(torch.ops, namespace)
+    return Operators(found)
+
+
+@pytest.fixture(scope="session")
+def operators(host_build: Path) -> Operators:
+    return load(host_build / "_ops_host_execution.so", "splitkern_host")
