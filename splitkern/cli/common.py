@@ -50,17 +50,19 @@ def integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def number(*, above: float = -math.inf, minimum: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
+def number(
+    *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf, at_most: float = math.inf
+) -> Callable[[str], float]:
     """Argument type: a finite number in the given range."""
-    bounds = [("above", above), ("at least", minimum), ("below", below)]
-    rule = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound)) or "finite"
+    bounds = [("above", above), ("at least", at_least), ("below", below), ("at most", at_most)]
+    rule = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (above < value < below and minimum <= value):
+        if not (math.isfinite(value) and above < value < below and at_least <= value <= at_most):
             raise argparse.ArgumentTypeError(f"must be a number {rule}, got {text!r}")
         return value
 

@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--depth",
-        type=number(above=0, below=1.000001),
+        type=number(above=0, at_most=1),
         metavar="SHARE",
         help="share of the window modules that is split, instead of --until",
     )
     split.add_argument("--boundary", default="zero", choices=("zero", "stochastic", "halo"))
     split.add_argument(
         "--wiggle",
-        type=number(minimum=0, below=0.5),
+        type=number(at_least=0, below=0.5),
         default=0.2,
         metavar="W",
         help="wiggle room of stochastic boundaries (default 0.2)",

@@ -73,9 +73,9 @@ def test_too_small_images() -> None:
         load_data("digits", image_size=4)
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("name", ["cifar10", "imagenet-folder"])
 def test_missing_folder_is_named(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
     with pytest.raises(DataError, match="needs the folder"):
         load_data(name, image_size=32)
     with pytest.raises(DataError, match="nowhere"):
@@ -92,8 +92,8 @@ def write_images(folder: Path, count: int, size: int) -> None:
         Image.new("RGB", (size, size), (index, 100, 200)).save(folder / f"{index}.png")
 
 
+@pytest.mark.torchvision
 def test_folder_of_images(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
     for part in ("train", "val"):
         for name in ("cat", "dog"):
             write_images(tmp_path / part / name, 3, 40)
@@ -104,24 +104,24 @@ def test_folder_of_images(tmp_path: Path) -> None:
     assert sorted(classes.tolist()) == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.torchvision
 def test_folder_with_unmatched_classes(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
     write_images(tmp_path / "train" / "cat", 1, 16)
     write_images(tmp_path / "val" / "dog", 1, 16)
     with pytest.raises(DataError, match=r"same classes, unmatched: \['cat', 'dog'\]"):
         load_data("imagenet-folder", image_size=16, root=tmp_path)
 
 
+@pytest.mark.torchvision
 def test_folder_without_images(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "val").mkdir()
     with pytest.raises(DataError, match="no images"):
         load_data("imagenet-folder", image_size=16, root=tmp_path)
 
 
+@pytest.mark.torchvision
 def test_damaged_image_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
     for part in ("train", "val"):
         write_images(tmp_path / part / "cat", 2, 40)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"\x89PNG no more")

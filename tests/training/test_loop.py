@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
 from splitkern.training import (
@@ -32,6 +31,8 @@ import os, signal, sys
 from pathlib import Path
 from splitkern.training import Progress, SplitOptions, train
 from tests.training.small import small_data, small_options
+
+pytestmark = pytest.mark.torchvision
 
 class KillInSecondEpoch(Progress):
     steps = 0

@@ -1,0 +1,176 @@
+"""`splitkern train` from its arguments to its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+import splitkern.training
+from splitkern.cli import main
+from splitkern.training import load_checkpoint
+from tests.training.small import small_data
+
+pytestmark = pytest.mark.torchvision
+
+SMALL = ["--image-size", "32", "--batch", "16", "--epochs", "2", "--until", "layer1", "--device", "cpu"]
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, *, image_size: int, root: Path | None) -> Any:
+        assert name == "digits"
+        assert root is None
+        return small_data(image_size)
+
+    monkeypatch.setattr(splitkern.training, "load_data", load)
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+def test_compare_writes_everything(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "out"
+    assert main(["train", "--compare", "--out", str(out), *SMALL]) == 0
+    table = capsys.readouterr().out
+    for text in ("unsplit", "split", "split/unsplit", "test accuracy", "peak live bytes of a step", "step time"):
+        assert text in table
+    assert sorted(path.name for path in out.iterdir()) == [
+        "baseline.pt",
+        "checkpoint.pt",
+        "live_bytes.png",
+        "results.json",
+    ]
+    assert is_png(out / "live_bytes.png")
+    record = json.loads((out / "results.json").read_text())
+    results = record["results"]
+    assert list(results) == ["unsplit", "split"]
+    assert results["split"]["peak_bytes"] < results["unsplit"]["peak_bytes"]
+    ratio = results["split"]["peak_bytes"] / results["unsplit"]["peak_bytes"]
+    assert record["split_to_unsplit"]["peak_bytes"] == pytest.approx(ratio)
+    assert f"{ratio:.3f}" in table
+    config = load_checkpoint(out / "checkpoint.pt")["split"]
+    assert config["grid"] == [2, 2]
+    assert config["until"] == "layer1"
+    assert config["recompute"] is True
+
+
+def test_second_run_and_resume(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--out", str(tmp_path), *SMALL, "--json"]
+    first = second = third = None
+    assert main([*command, "--resume"]) == 0
+    captured = capsys.readouterr()
+    assert "isn't there yet: the split run begins at the beginning" in captured.err
+    first = json.loads(captured.out)["results"]["split"]
+    assert main([*command, "--resume"]) == 0
+    second = json.loads(capsys.readouterr().out)["results"]["split"]
+    assert second == first, "a finished run is only shown again"
+    assert main(command) == 0
+    third = json.loads(capsys.readouterr().out)["results"]["split"]
+    assert third["loss"] == first["loss"], "the same arguments give the same run"
+    assert third["median_step_ms"] != first["median_step_ms"]
+
+
+def test_no_split(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--no-split", "--out", str(tmp_path), *SMALL, "--epochs", "1"]) == 0
+    assert "split/unsplit" not in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "baseline.pt")["split"] is None
+
+
+@pytest.mark.parametrize("at_step", [2, 5])
+def test_interruption_keeps_the_checkpoint_and_says_how_to_go_on(
+    few_digits: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    at_step: int,
+) -> None:
+    from splitkern.training import loop
+
+    steps = 0
+    real_step = loop._Run._step
+
+    def interrupted_step(self: Any, *args: Any) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == at_step:
+            raise KeyboardInterrupt
+        return real_step(self, *args)
+
+    monkeypatch.setattr(loop._Run, "_step", interrupted_step)
+    assert main(["train", "--out", str(tmp_path), *SMALL]) == 130
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if at_step == 2:
+        assert "no epoch was finished" in error
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert "go on with the same command and --resume" in error
+        assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+        monkeypatch.setattr(loop._Run, "_step", real_step)
+        assert main(["train", "--out", str(tmp_path), *SMALL, "--resume"]) == 0
+        assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("splitkern train: error: ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "cifar10"], "needs the folder that holds it (--root)"),
+        (["--data", "cifar10", "--root", "nowhere"], "data folder nowhere"),
+        (["--data", "imagenet-folder", "--root", "nowhere"], "data folder nowhere"),
+        (["--precision", "fp16", "--device", "cpu"], "precision fp16 needs a GPU"),
+        (["--device", "abacus"], "'abacus'"),
+        (["--no-split", "--compare"], "--compare needs a split model"),
+        (["--model", "vgg11", "--image-size", "16"], "vgg11 takes no images of 16 pixels"),
+        (["--until", "layer9"], "layer9"),
+        (["--grid", "40x40"], "40"),
+        (["--order", "layer", "--recompute"], "recompute=True with order='layer'"),
+        (["--norm", "image"], "norm='image' with order='patch'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in one_line(capsys)
+
+
+def test_out_that_is_a_file(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out"
+    path.write_text("a file")
+    assert main(["train", "--out", str(path), *SMALL]) == 2
+    assert str(path) in one_line(capsys)
+
+
+def test_damaged_checkpoint(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"PK\x03\x04 and no more")
+    assert main(["train", "--out", str(tmp_path), *SMALL, "--resume"]) == 2
+    assert f"checkpoint {path} is damaged" in one_line(capsys)
+
+
+def test_checkpoint_of_another_split(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--out", str(tmp_path), *SMALL, "--epochs", "1"]
+    assert main(command) == 0
+    capsys.readouterr()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert main([*command, "--grid", "1x2", "--resume"]) == 2
+    message = one_line(capsys)
+    assert "grid=[2, 2]" in message
+    assert "grid=[1, 2]" in message
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
