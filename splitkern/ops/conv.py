@@ -111,8 +111,9 @@ def patch_conv2d(
 
 
 def _explain_forward(input: Any, weight: Any, bias: Any, *rest: Any, output: Any = None) -> None:
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _cast(input.device.type, input, weight, bias)
+    device = input.device.type if isinstance(input, Tensor) else None
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        input, weight, bias = _cast(device, input, weight, bias)
     _check_forward(input, weight, bias, *rest, output=output)
 
 
@@ -242,10 +243,13 @@ def _autocast_kernel(overload: Any, device_type: str, key: torch._C.DispatchKey)
 
 
 # The gradients have no autocast rule: they are given tensors of the type that the forward used.
-for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _dispatch_key = getattr(torch._C.DispatchKey, _key)
-    register_kernel("patch_conv2d", _autocast_kernel(_forward, _type, _dispatch_key), _key)
-    register_kernel("patch_conv2d.out", _autocast_kernel(_forward_out, _type, _dispatch_key), _key)
+_AUTOCAST_DEVICES = {
+    "cpu": torch._C.DispatchKey.AutocastCPU,
+    "cuda": torch._C.DispatchKey.AutocastCUDA,
+}
+for _device, _key in _AUTOCAST_DEVICES.items():
+    register_kernel("patch_conv2d", _autocast_kernel(_forward, _device, _key), _key.name)
+    register_kernel("patch_conv2d.out", _autocast_kernel(_forward_out, _device, _key), _key.name)
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA

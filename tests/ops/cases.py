@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - the tables of cases read by the line
 """Named cases and the comparison rule that the operator tests share."""
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ def assert_accurate(came: Tensor, exact: Tensor, pytorch: Tensor, reduction: int
     if came.dtype == torch.float64:
         allowed = min(allowed, 1e-12)
     largest = (came.double() - exact.double()).abs().max().item()
-    assert error <= allowed, f"{what}: relative L2 error {error:.3g} over {allowed:.3g}, largest element error {largest:.3g}"
+    assert error <= allowed, (
+        f"{what}: relative L2 error {error:.3g} over {allowed:.3g}, largest element error {largest:.3g}"
+    )
 
 
 def assert_format_of(came: Tensor, like: Tensor) -> None:
