@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-
 from splitkern.benchmarks.common import prefix, quartiles
 from splitkern.cli import main
 from splitkern.training.loop import build_model

@@ -24,6 +24,8 @@ from splitkern.training import (
 )
 from tests.training.small import SPLIT, small_data, small_options
 
+pytestmark = pytest.mark.torchvision
+
 STOCHASTIC = dataclasses.replace(SPLIT, boundary="stochastic")
 
 KILLED_RUN = """
@@ -31,8 +33,6 @@ import os, signal, sys
 from pathlib import Path
 from splitkern.training import Progress, SplitOptions, train
 from tests.training.small import small_data, small_options
-
-pytestmark = pytest.mark.torchvision
 
 class KillInSecondEpoch(Progress):
     steps = 0
