@@ -71,6 +71,13 @@ def test_max_pool2d_nan(operators: Operators, dtype: torch.dtype) -> None:
 
 
 @each_case
+def test_max_pool2d_equals_the_cpu_operator(operators: Operators, case: Case, dtype: torch.dtype, layout: str) -> None:
+    import splitkern.ops  # noqa: F401  (registers the operators; everything else here runs without them)
+
+    comparisons.max_pool2d_equal(operators, Operators(torch.ops.splitkern), case, dtype, layout)
+
+
+@each_case
 def test_avg_pool2d(operators: Operators, case: Case, dtype: torch.dtype, layout: str) -> None:
     comparisons.avg_pool2d(operators, without_dilation(case), dtype, layout)
 

@@ -391,3 +391,23 @@ def conv2d_expanded_gradient(operators: Operators, case: Case) -> None:
     assert_accurate("patch_conv2d_input_grad", input_grad, truths[0], sames[0], 9 * case.out_channels)
     weight_grad = operators("patch_conv2d_weight_grad", grad_output, input, list(weight.shape), *window)
     assert_accurate("patch_conv2d_weight_grad", weight_grad, truths[1], sames[1], grad_output.numel())
+
+
+def max_pool2d_equal(operators: Operators, others: Operators, case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Two implementations of max pooling agree to the bit, NaNs and ties included."""
+    g = case.geometry
+    generator = torch.Generator().manual_seed(11)
+    input = _with_ties(random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator))
+    input[torch.rand(input.shape, generator=generator) < 0.1] = float("nan")
+    grad_output = random_tensor((case.batch, case.in_channels, *g.out_size), dtype, layout, generator)
+    window = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), *g.bounds]
+    values, offsets = operators("patch_max_pool2d", input, *window)
+    other_values, other_offsets = others("patch_max_pool2d", input, *window)
+    assert torch.equal(_bits(values), _bits(other_values)), "values differ"
+    assert torch.equal(offsets, other_offsets), "offsets differ"
+    gathered = [o("patch_max_pool2d_gather", input, offsets, *window) for o in (operators, others)]
+    assert torch.equal(_bits(gathered[0]), _bits(gathered[1])), "gathered values differ"
+    grads = [
+        o("patch_max_pool2d_backward", grad_output, offsets, list(input.shape), *window) for o in (operators, others)
+    ]
+    assert torch.equal(grads[0], grads[1]), "gradients differ"
