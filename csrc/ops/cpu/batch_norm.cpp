@@ -1,425 +1,511 @@
-// CPU bodies of the batch norm operators: check, allocate, describe, compute. Registered by library.cpp.
-// A call walks contiguous runs: rows of a plane where columns are neighbours, pixels where channels are. Sums are
-// accumulated in double, in an order that does not depend on the number of threads.
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
+// CPU bodies of the batch normalisation operators. Statistics take one pass with sums in float64 around a shift per
+// patch and channel; normalising and ReLU are one pass. The order of every sum is fixed by the shape alone, so results
+// do not depend on the number of threads. Backward rebuilds the ReLU's input with the forward's own arithmetic: one
+// function, multiplications and additions never fused, so both agree on the sign bit for bit.
 #include <cmath>
-#include <type_traits>
+#include <memory>
 #include <vector>
 
-#include "batch_norm_runs.h"
-#include "operators.h"
+#include "ops/cpu/operators.h"
+#include "ops/cpu/vector.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass only between inlined functions
 
 namespace splitkern::cpu {
 
 namespace {
 
-// Pixel rows that one partial sum of a channels-last reduction covers: fixed, so that results do not depend on threads.
-constexpr int64_t kRowsPerPartial = 8;
-constexpr int64_t kGrainElements = 1 << 14;
+// --- Arithmetic, the same text for one value and for lanes -----------------------------------------------------------
 
-template <class T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class V>
+SPLITKERN_INLINE V normalise(const V& x, const V& mean, const V& scale, const V& bias) {
+  return (x - mean) * scale + bias;
+}
 
-template <class F>
-void parallel(int64_t count, int64_t elements_each, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_each));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
+// What reading back the stored output would give; float16 may round a small positive value to zero.
+template <class T, class V>
+SPLITKERN_INLINE V as_stored(const V& y) {
+  if constexpr (!std::is_same_v<T, Half>) {
+    return y;
+  } else if constexpr (std::is_same_v<V, float>) {
+    return static_cast<float>(static_cast<Half>(y));
+  } else {
+    V stored;
+    for (int i = 0; i < kLanes; ++i) stored[i] = static_cast<float>(static_cast<Half>(y[i]));
+    return stored;
+  }
+}
+
+// value where y is positive or NaN, else zero.
+template <class V>
+SPLITKERN_INLINE V where_active(const V& y, const V& value) {
+  const V zero{};
+  return y <= zero ? zero : value;
+}
+
+// Per channel of one patch; `gain`, `offset` and `slope` only where the gradient is applied:
+// gain * (g - offset - (x - mean) * slope).
+template <class V>
+struct Constants {
+  V mean;
+  V scale;
+  V bias;
+  V gain;
+  V offset;
+  V slope;
+};
+
+template <class T, bool kRelu, class V>
+SPLITKERN_INLINE V apply_value(const V& x, const Constants<V>& k) {
+  const V y = normalise(x, k.mean, k.scale, k.bias);
+  return kRelu ? where_active(y, y) : y;
+}
+
+template <class T, bool kRelu, class V>
+SPLITKERN_INLINE V active_gradient(const V& g, const V& x, const Constants<V>& k) {
+  if constexpr (!kRelu) return g;
+  return where_active(as_stored<T>(normalise(x, k.mean, k.scale, k.bias)), g);
+}
+
+template <class T, bool kRelu, bool kBatchStatistics, class V>
+SPLITKERN_INLINE V input_gradient(const V& g, const V& x, const Constants<V>& k) {
+  const V active = active_gradient<T, kRelu>(g, x, k);
+  if constexpr (!kBatchStatistics) return k.gain * active;
+  return k.gain * (active - k.offset - (x - k.mean) * k.slope);
+}
+
+// --- Constants of every patch and channel ----------------------------------------------------------------------------
+
+// Row-major [patches, channels], contiguous.
+template <class Value>
+class Table {
+ public:
+  using V = Lanes<Value>;
+
+  Table(int64_t patches, int64_t channels) : channels_(channels), values_(6 * patches * channels) {}
+
+  Value* field(int index, int64_t patch) { return values_.data() + index * stride() + patch * channels_; }
+  const Value* field(int index, int64_t patch) const { return values_.data() + index * stride() + patch * channels_; }
+
+  SPLITKERN_INLINE Constants<Value> value(int64_t patch, int64_t c) const {
+    const Value* const v = field(0, patch) + c;
+    const int64_t s = stride();
+    return {v[0], v[s], v[2 * s], v[3 * s], v[4 * s], v[5 * s]};
+  }
+  SPLITKERN_INLINE Constants<V> lanes(int64_t patch, int64_t c) const {
+    const Value* const v = field(0, patch) + c;
+    const int64_t s = stride();
+    return {load_lanes(v),         load_lanes(v + s),     load_lanes(v + 2 * s),
+            load_lanes(v + 3 * s), load_lanes(v + 4 * s), load_lanes(v + 5 * s)};
+  }
+
+ private:
+  int64_t stride() const { return static_cast<int64_t>(values_.size()) / 6; }
+
+  int64_t channels_;
+  std::vector<Value> values_;
+};
+
+template <class Value>
+SPLITKERN_INLINE Constants<Lanes<Value>> broadcast_all(const Constants<Value>& k) {
+  return {broadcast(k.mean), broadcast(k.scale),  broadcast(k.bias),
+          broadcast(k.gain), broadcast(k.offset), broadcast(k.slope)};
+}
+
+// A [C] parameter of any supported type.
+double parameter_at(const OptionalTensor& parameter, int64_t channel, double otherwise) {
+  if (!parameter.has_value()) return otherwise;
+  double value = 0;
+  dispatch_type(parameter->scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    value = static_cast<double>(
+        static_cast<Compute<T>>(static_cast<const T*>(parameter->const_data_ptr())[channel * parameter->stride(0)]));
+  });
+  return value;
+}
+
+template <class Value>
+class Statistic {
+ public:
+  explicit Statistic(const Tensor& tensor)
+      : data_(static_cast<Value*>(tensor.data_ptr())), patch_(tensor.stride(0)), channel_(tensor.stride(1)) {}
+  Value& operator()(int64_t patch, int64_t channel) const { return data_[patch * patch_ + channel * channel_]; }
+
+ private:
+  Value* data_;
+  int64_t patch_;
+  int64_t channel_;
+};
+
+// --- Geometry --------------------------------------------------------------------------------------------------------
+
+struct Box {
+  int64_t patch;
+  int64_t row, row_end;
+  int64_t col, col_end;
+
+  int64_t rows() const { return row_end - row; }
+  int64_t cols() const { return col_end - col; }
+};
+
+std::vector<Box> boxes_of(const Bounds& bounds) {
+  std::vector<Box> boxes;
+  for (int64_t i = 0; i < bounds.row_patches(); ++i) {
+    for (int64_t j = 0; j < bounds.col_patches(); ++j) {
+      boxes.push_back({static_cast<int64_t>(boxes.size()), bounds.in_rows[i], bounds.in_rows[i + 1], bounds.in_cols[j],
+                       bounds.in_cols[j + 1]});
+    }
+  }
+  return boxes;
+}
+
+// True where the rows of a box follow each other without a gap in every tensor: the box is one run of columns.
+template <class... Views>
+bool rows_follow(const Box& box, const Views&... views) {
+  return box.rows() == 1 || ((views.strides[2] == box.cols() * views.strides[3]) && ...);
+}
+
+struct Shape {
+  Sizes size;
+  std::vector<Box> boxes;
+  Layout layout;
+
+  int64_t images() const { return size[0]; }
+  int64_t channels() const { return size[1]; }
+  int64_t pixels(const Box& box) const { return size[0] * box.rows() * box.cols(); }
+};
+
+// --- Element-wise passes ---------------------------------------------------------------------------------------------
+
+// value_of(constants, element...) for one value or lanes; inputs are read, the output is written.
+template <class T, bool kUnit, class ValueOf, class... Inputs>
+SPLITKERN_INLINE void map_run(int64_t count, const Constants<Compute<T>>& k, T* output, int64_t output_stride,
+                              const ValueOf& value_of, std::pair<const T*, Inputs>... inputs) {
+  const Constants<Lanes<T>> lanes = broadcast_all(k);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    if constexpr (kUnit) {
+      store_lanes(output + i, value_of(lanes, load_lanes(inputs.first + i)...));
+    } else {
+      store_lanes(output + i * output_stride, output_stride,
+                  value_of(lanes, load_lanes(inputs.first + i * inputs.second, inputs.second)...));
+    }
+  }
+  for (; i < count; ++i) {
+    output[i * output_stride] =
+        static_cast<T>(value_of(k, static_cast<Compute<T>>(inputs.first[i * inputs.second])...));
+  }
+}
+
+template <class T, class ValueOf, class... Inputs>
+SPLITKERN_INLINE void map_pixels(int64_t pixels, int64_t channels, const Table<Compute<T>>& table, int64_t patch,
+                                 T* output, int64_t output_stride, const ValueOf& value_of,
+                                 std::pair<const T*, Inputs>... inputs) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    const Constants<Lanes<T>> lanes = table.lanes(patch, c);
+    for (int64_t i = 0; i < pixels; ++i) {
+      store_lanes(output + i * output_stride + c, value_of(lanes, load_lanes(inputs.first + i * inputs.second + c)...));
+    }
+  }
+  for (; c < channels; ++c) {
+    const Constants<Compute<T>> k = table.value(patch, c);
+    for (int64_t i = 0; i < pixels; ++i) {
+      output[i * output_stride + c] =
+          static_cast<T>(value_of(k, static_cast<Compute<T>>(inputs.first[i * inputs.second + c])...));
+    }
+  }
+}
+
+// output = value_of(constants, inputs...) everywhere.
+template <class T, class ValueOf, class... Inputs>
+void map(const Shape& shape, const Table<Compute<T>>& table, const ValueOf& value_of, const View<T>& output,
+         const View<Inputs>&... inputs) {
+  if (shape.layout == Layout::kInterleaved) {
+    const int64_t rows = shape.size[2];
+    parallel_tasks(shape.images() * rows, shape.channels() * shape.size[3], [&](int64_t first, int64_t last) {
+      run_vectorised([&]() SPLITKERN_BODY {
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t n = task / rows;
+          const int64_t row = task % rows;
+          for (const Box& box : shape.boxes) {
+            if (row < box.row || row >= box.row_end) continue;
+            map_pixels<T>(box.cols(), shape.channels(), table, box.patch, output.at(n, 0, row, box.col),
+                          output.strides[3], value_of, std::pair(inputs.at(n, 0, row, box.col), inputs.strides[3])...);
+          }
+        }
+      });
+    });
+    return;
+  }
+  dispatch_bool(shape.layout == Layout::kPlanar, [&](auto unit) {
+    constexpr bool kUnit = decltype(unit)::value;
+    parallel_tasks(shape.images() * shape.channels(), shape.size[2] * shape.size[3], [&](int64_t first, int64_t last) {
+      run_vectorised([&]() SPLITKERN_BODY {
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t n = task / shape.channels();
+          const int64_t c = task % shape.channels();
+          for (const Box& box : shape.boxes) {
+            const Constants<Compute<T>> k = table.value(box.patch, c);
+            const bool joined = rows_follow(box, output, inputs...);
+            const int64_t count = joined ? box.rows() * box.cols() : box.cols();
+            const int64_t row_end = joined ? box.row + 1 : box.row_end;
+            for (int64_t row = box.row; row < row_end; ++row) {
+              map_run<T, kUnit>(count, k, output.at(n, c, row, box.col), output.strides[3], value_of,
+                                std::pair(inputs.at(n, c, row, box.col), inputs.strides[3])...);
+            }
+          }
+        }
+      });
+    });
   });
 }
 
-struct Box {
-  int64_t top, bottom, left, right;
+// --- Reductions ------------------------------------------------------------------------------------------------------
 
-  int64_t rows() const { return bottom - top; }
-  int64_t columns() const { return right - left; }
+struct TwoSums {
+  double first;
+  double second;
 };
 
-Box box_of(const Bounds& bounds, int64_t patch) {
-  const int64_t i = patch / bounds.col_patches(), j = patch % bounds.col_patches();
-  return {bounds.in_rows[i], bounds.in_rows[i + 1], bounds.in_cols[j], bounds.in_cols[j + 1]};
-}
+// Interleaved pixels are cut into this many shares at most, summed apart and added in order.
+constexpr int64_t kSegments = 32;
+// Lanes of channels whose sums stay in registers while a row's pixels pass.
+constexpr int kChannelGroups = 4;
 
-// A tensor of 4 dimensions as its data and element strides.
-template <class T>
-struct View {
-  T* data = nullptr;
-  Sizes strides = {};
-
-  View() = default;
-  explicit View(const Tensor& tensor)
-      : data(static_cast<T*>(tensor.data_ptr())), strides(element_strides(tensor)) {}
-
-  T* at(int64_t n, int64_t c, int64_t row, int64_t column) const {
-    return data + n * strides[0] + c * strides[1] + row * strides[2] + column * strides[3];
-  }
-};
-
-// Reads a run as accumulators: in place where type and stride allow it, else into `buffer`.
-template <class T, class A>
-const A* load(const T* from, int64_t stride, int64_t count, std::vector<A>& buffer) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (stride == 1) return from;
-  }
-  buffer.resize(count);
-  for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<A>(from[i * stride]);
-  return buffer.data();
-}
-
-// Where a run's results go: the tensor itself where type and stride allow it, else `buffer`, from which store() copies.
-template <class T, class A>
-A* target(T* to, int64_t stride, int64_t count, std::vector<A>& buffer) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (stride == 1) return to;
-  }
-  buffer.resize(count);
-  return buffer.data();
-}
-
-template <class T, class A>
-void store(T* to, int64_t stride, int64_t count, const A* from) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (from == to) return;
-  }
-  for (int64_t i = 0; i < count; ++i) to[i * stride] = static_cast<T>(from[i]);
-}
-
-// Statistics [P, C] and parameters [C] as contiguous accumulators.
-template <class A>
-std::vector<A> read_statistic(const Tensor& tensor) {
-  const int64_t patches = tensor.size(0), channels = tensor.size(1);
-  std::vector<A> values(patches * channels);
-  const A* data = static_cast<const A*>(tensor.const_data_ptr());
-  for (int64_t p = 0; p < patches; ++p) {
-    for (int64_t c = 0; c < channels; ++c) values[p * channels + c] = data[p * tensor.stride(0) + c * tensor.stride(1)];
-  }
-  return values;
-}
-
-template <class A>
-void write_statistic(const std::vector<A>& values, const Tensor& tensor) {
-  const int64_t patches = tensor.size(0), channels = tensor.size(1);
-  A* data = static_cast<A*>(tensor.data_ptr());
-  for (int64_t p = 0; p < patches; ++p) {
-    for (int64_t c = 0; c < channels; ++c) data[p * tensor.stride(0) + c * tensor.stride(1)] = values[p * channels + c];
-  }
-}
-
-template <class A, class T>
-void read_parameter_as(const Tensor& tensor, std::vector<A>& values) {
-  const T* data = static_cast<const T*>(tensor.const_data_ptr());
-  for (size_t c = 0; c < values.size(); ++c) values[c] = static_cast<A>(data[static_cast<int64_t>(c) * tensor.stride(0)]);
-}
-
-template <class A>
-std::vector<A> read_parameter(const OptionalTensor& tensor, int64_t channels, A otherwise) {
-  std::vector<A> values(channels, otherwise);
-  if (!tensor.has_value()) return values;
-  switch (tensor->scalar_type()) {
-    case ScalarType::Double:
-      read_parameter_as<A, double>(*tensor, values);
-      break;
-    case ScalarType::Float:
-      read_parameter_as<A, float>(*tensor, values);
-      break;
-    case ScalarType::Half:
-      read_parameter_as<A, torch::headeronly::Half>(*tensor, values);
-      break;
-    default:  // the checks let nothing else through
-      read_parameter_as<A, torch::headeronly::BFloat16>(*tensor, values);
-  }
-  return values;
-}
-
-// y = (x - mean) * scale + bias of every patch and channel, and the coefficients of the input gradient.
-template <class A>
-struct Affine {
-  int64_t channels;
-  bool relu;
-  std::vector<A> mean, scale, bias, a, b, c;
-
-  Affine(const BatchNormCall& call, const Tensor& mean_tensor, const Tensor& invstd, const OptionalTensor& weight,
-         const OptionalTensor& bias_tensor)
-      : channels(call.channels),
-        relu(call.relu),
-        mean(read_statistic<A>(mean_tensor)),
-        scale(read_statistic<A>(invstd)),
-        bias(read_parameter<A>(bias_tensor, call.channels, A(0))) {
-    const std::vector<A> weights = read_parameter<A>(weight, channels, A(1));
-    for (size_t i = 0; i < scale.size(); ++i) scale[i] *= weights[i % channels];
-  }
-
-  // dx = w·invstd·(g' - sum_grad/n - (x - mean)·invstd²·sum_grad_centered/n); without sums only the first term.
-  void add_gradient(const BatchNormCall& call, const Sizes& size, const Tensor& invstd_tensor,
-                    const OptionalTensor& sum_grad, const OptionalTensor& sum_grad_centered) {
-    a = scale;
-    b.assign(scale.size(), A(0));
-    c.assign(scale.size(), A(0));
-    if (!sum_grad.has_value()) return;
-    const std::vector<A> invstd = read_statistic<A>(invstd_tensor);
-    const std::vector<A> sums = read_statistic<A>(*sum_grad), centered = read_statistic<A>(*sum_grad_centered);
-    for (int64_t p = 0; p < call.bounds.patches(); ++p) {
-      const Box box = box_of(call.bounds, p);
-      const double count = static_cast<double>(size[0] * box.rows() * box.columns());
-      for (int64_t i = p * channels; i < (p + 1) * channels; ++i) {
-        const double factor = static_cast<double>(scale[i]), inverse = static_cast<double>(invstd[i]);
-        b[i] = static_cast<A>(-factor * inverse * inverse * static_cast<double>(centered[i]) / count);
-        c[i] = static_cast<A>(-factor * static_cast<double>(sums[i]) / count);
-      }
-    }
-  }
-
-  Coefficients<A> at(int64_t patch, int64_t channel) const {
-    const int64_t i = patch * channels + channel;
-    return {&mean[i],     &scale[i], &bias[channel], a.empty() ? nullptr : &a[i], b.empty() ? nullptr : &b[i],
-            c.empty() ? nullptr : &c[i], relu};
-  }
-};
-
-// Whether neighbouring channels are neighbours in memory in all of a call's tensors.
-bool by_pixel(const Sizes& size, std::initializer_list<const Tensor*> tensors) {
-  return size[1] > 1 && std::all_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return t->stride(1) == 1; });
-}
-
-// Calls body(partial, n, row, box) for the pixel rows of every patch, one partial sum per kRowsPerPartial of them, and
-// merge(patch, partial sums of it) in order afterwards. A partial sum holds 2 * channels doubles.
-template <class Body, class Merge>
-void reduce_pixel_rows(const Bounds& bounds, const Sizes& size, const Body& body, const Merge& merge) {
-  const int64_t channels = size[1];
-  for (int64_t patch = 0; patch < bounds.patches(); ++patch) {
-    const Box box = box_of(bounds, patch);
-    const int64_t rows = size[0] * box.rows();
-    const int64_t partials = (rows + kRowsPerPartial - 1) / kRowsPerPartial;
-    std::vector<double> sums(partials * 2 * channels, 0.0);
-    parallel(partials, kRowsPerPartial * box.columns() * channels, [&](int64_t partial) {
-      const int64_t last = std::min(rows, (partial + 1) * kRowsPerPartial);
-      for (int64_t i = partial * kRowsPerPartial; i < last; ++i) {
-        body(patch, &sums[partial * 2 * channels], i / box.rows(), box.top + i % box.rows(), box);
-      }
-    });
-    std::vector<double> total(2 * channels, 0.0);
-    for (int64_t partial = 0; partial < partials; ++partial) {
-      for (int64_t i = 0; i < 2 * channels; ++i) total[i] += sums[partial * 2 * channels + i];
-    }
-    merge(patch, total.data(), total.data() + channels);
-  }
-}
-
-template <class T>
-void compute_stats(const Tensor& input, const BatchNormCall& call, const Tensor& mean, const Tensor& m2) {
-  using A = Accumulator<T>;
-  const Sizes size = sizes_of(input);
-  const int64_t channels = call.channels, patches = call.bounds.patches();
-  const View<T> x(input);
-  std::vector<A> means(patches * channels, A(0)), m2s(patches * channels, A(0));
-  const auto finish = [&](int64_t patch, int64_t channel, A shift, double first, double second) {
-    const Box box = box_of(call.bounds, patch);
-    const double count = static_cast<double>(size[0] * box.rows() * box.columns());
-    means[patch * channels + channel] = static_cast<A>(static_cast<double>(shift) + first / count);
-    const double squares = second - first * first / count;
-    m2s[patch * channels + channel] = static_cast<A>(squares < 0 ? 0.0 : squares);
-  };
-  // The shift, the first value, keeps the sums of squares free of cancellation where the mean is large.
-  const auto shift_of = [&](const Box& box, int64_t c) { return static_cast<A>(*x.at(0, c, box.top, box.left)); };
-  if (size[0] == 0) {
-    // Nothing to sum.
-  } else if (by_pixel(size, {&input})) {
-    std::vector<A> shifts(patches * channels);
-    for (int64_t i = 0; i < patches * channels; ++i) {
-      shifts[i] = shift_of(box_of(call.bounds, i / channels), i % channels);
-    }
-    reduce_pixel_rows(
-        call.bounds, size,
-        [&](int64_t patch, double* sums, int64_t n, int64_t row, const Box& box) {
-          std::vector<A> buffer;
-          for (int64_t column = box.left; column < box.right; ++column) {
-            const A* pixel = load(x.at(n, 0, row, column), 1, channels, buffer);
-            pixel_stats(pixel, channels, &shifts[patch * channels], sums, sums + channels);
-          }
-        },
-        [&](int64_t patch, const double* first, const double* second) {
-          for (int64_t c = 0; c < channels; ++c) finish(patch, c, shifts[patch * channels + c], first[c], second[c]);
-        });
-  } else {
-    parallel(patches * channels, input.numel() / (patches * channels), [&](int64_t i) {
-      const int64_t patch = i / channels, c = i % channels;
-      const Box box = box_of(call.bounds, patch);
-      const A shift = shift_of(box, c);
-      std::vector<A> buffer;
-      Lanes sums;
-      for (int64_t n = 0; n < size[0]; ++n) {
-        for (int64_t row = box.top; row < box.bottom; ++row) {
-          const A* run = load(x.at(n, c, row, box.left), x.strides[3], box.columns(), buffer);
-          plane_stats(run, box.columns(), shift, sums);
-        }
-      }
-      double first = 0, second = 0;
-      for (int lane = 0; lane < Lanes::kCount; ++lane) first += sums.first[lane], second += sums.second[lane];
-      finish(patch, c, shift, first, second);
-    });
-  }
-  write_statistic(means, mean);
-  write_statistic(m2s, m2);
-}
-
-template <class T>
-void compute_apply(const Tensor& input, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const BatchNormCall& call, const Tensor& output) {
-  using A = Accumulator<T>;
-  const Sizes size = sizes_of(input);
-  const Affine<A> affine(call, mean, invstd, weight, bias);
-  const View<T> x(input), y(output);
-  const int64_t channels = call.channels;
-  const bool pixels = by_pixel(size, {&input, &output});
-  const int64_t inner = pixels ? 1 : channels;
-  for (int64_t patch = 0; patch < call.bounds.patches(); ++patch) {
-    const Box box = box_of(call.bounds, patch);
-    parallel(size[0] * inner * box.rows(), box.columns() * channels / inner, [&](int64_t i) {
-      const int64_t row = box.top + i % box.rows(), c = i / box.rows() % inner, n = i / box.rows() / inner;
-      const Coefficients<A> k = affine.at(patch, c);
-      std::vector<A> in, out;
-      if (pixels) {
-        for (int64_t column = box.left; column < box.right; ++column) {
-          T* to = y.at(n, 0, row, column);
-          A* results = target(to, 1, channels, out);
-          pixel_apply(load(x.at(n, 0, row, column), 1, channels, in), results, channels, k);
-          store(to, 1, channels, results);
-        }
-        return;
-      }
-      T* to = y.at(n, c, row, box.left);
-      A* results = target(to, y.strides[3], box.columns(), out);
-      plane_apply(load(x.at(n, c, row, box.left), x.strides[3], box.columns(), in), results, box.columns(), k);
-      store(to, y.strides[3], box.columns(), results);
-    });
-  }
-}
-
-template <class T>
-void compute_backward_reduce(const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& invstd,
-                             const OptionalTensor& weight, const OptionalTensor& bias, const BatchNormCall& call,
-                             const Tensor& sum_grad, const Tensor& sum_grad_centered) {
-  using A = Accumulator<T>;
-  const Sizes size = sizes_of(input);
-  const Affine<A> affine(call, mean, invstd, weight, bias);
-  const View<T> g(grad_output), x(input);
-  const int64_t channels = call.channels, patches = call.bounds.patches();
-  std::vector<A> sums(patches * channels, A(0)), centered(patches * channels, A(0));
-  if (by_pixel(size, {&input, &grad_output})) {
-    reduce_pixel_rows(
-        call.bounds, size,
-        [&](int64_t patch, double* partial, int64_t n, int64_t row, const Box& box) {
-          const Coefficients<A> k = affine.at(patch, 0);
-          std::vector<A> grads, values;
-          for (int64_t column = box.left; column < box.right; ++column) {
-            pixel_reduce(load(g.at(n, 0, row, column), 1, channels, grads),
-                         load(x.at(n, 0, row, column), 1, channels, values), channels, k, partial, partial + channels);
-          }
-        },
-        [&](int64_t patch, const double* first, const double* second) {
-          for (int64_t c = 0; c < channels; ++c) {
-            sums[patch * channels + c] = static_cast<A>(first[c]);
-            centered[patch * channels + c] = static_cast<A>(second[c]);
+// terms_of(constants, element..., first&, second&) adds to the two sums, for one value or lanes. `finish(patch,
+// channel, sums)` gets each pair once.
+template <class T, class TermsOf, class Finish, class... Inputs>
+void reduce(const Shape& shape, const Table<Compute<T>>& table, const TermsOf& terms_of, const Finish& finish,
+            const View<Inputs>&... inputs) {
+  const int64_t channels = shape.channels();
+  const int64_t patches = static_cast<int64_t>(shape.boxes.size());
+  if (shape.layout != Layout::kInterleaved) {
+    dispatch_bool(shape.layout == Layout::kPlanar, [&](auto unit) {
+      constexpr bool kUnit = decltype(unit)::value;
+      const int64_t work = shape.size[0] * shape.size[2] * shape.size[3] / patches;
+      parallel_tasks(patches * channels, work, [&](int64_t begin, int64_t end) {
+        run_vectorised([&]() SPLITKERN_BODY {
+          for (int64_t task = begin; task < end; ++task) {
+            const Box& box = shape.boxes[task / channels];
+            const int64_t c = task % channels;
+            const Constants<Compute<T>> k = table.value(box.patch, c);
+            const Constants<Lanes<T>> lanes = broadcast_all(k);
+            const bool joined = rows_follow(box, inputs...);
+            const int64_t count = joined ? box.rows() * box.cols() : box.cols();
+            const int64_t row_end = joined ? box.row + 1 : box.row_end;
+            Doubles first{}, second{};
+            double first_rest = 0, second_rest = 0;
+            for (int64_t n = 0; n < shape.images(); ++n) {
+              for (int64_t row = box.row; row < row_end; ++row) {
+                int64_t i = 0;
+                for (; i + kLanes <= count; i += kLanes) {
+                  if constexpr (kUnit) {
+                    terms_of(lanes, first, second, load_lanes(inputs.at(n, c, row, box.col) + i)...);
+                  } else {
+                    terms_of(lanes, first, second,
+                             load_lanes(inputs.at(n, c, row, box.col) + i * inputs.strides[3], inputs.strides[3])...);
+                  }
+                }
+                for (; i < count; ++i) {
+                  terms_of(k, first_rest, second_rest,
+                           static_cast<Compute<T>>(inputs.at(n, c, row, box.col)[i * inputs.strides[3]])...);
+                }
+              }
+            }
+            finish(box.patch, c, TwoSums{sum_lanes(first) + first_rest, sum_lanes(second) + second_rest});
           }
         });
-  } else {
-    parallel(patches * channels, input.numel() / std::max<int64_t>(1, patches * channels), [&](int64_t i) {
-      const int64_t patch = i / channels, c = i % channels;
-      const Box box = box_of(call.bounds, patch);
-      const Coefficients<A> k = affine.at(patch, c);
-      std::vector<A> grads, values;
-      Lanes lanes;
-      for (int64_t n = 0; n < size[0]; ++n) {
-        for (int64_t row = box.top; row < box.bottom; ++row) {
-          plane_reduce(load(g.at(n, c, row, box.left), g.strides[3], box.columns(), grads),
-                       load(x.at(n, c, row, box.left), x.strides[3], box.columns(), values), box.columns(), k, lanes);
+      });
+    });
+    return;
+  }
+
+  // [patch][segment][2][channel]
+  const auto segments_of = [&](const Box& box) { return std::min(kSegments, shape.images() * box.rows()); };
+  std::vector<double> partial(patches * kSegments * 2 * channels);
+  const int64_t work = shape.size[0] * channels * shape.size[2] * shape.size[3] / (patches * kSegments);
+  parallel_tasks(patches * kSegments, work, [&](int64_t begin, int64_t end) {
+    run_vectorised([&]() SPLITKERN_BODY {
+      for (int64_t task = begin; task < end; ++task) {
+        const Box& box = shape.boxes[task / kSegments];
+        const int64_t segments = segments_of(box);
+        const int64_t segment = task % kSegments;
+        if (segment >= segments) continue;
+        const int64_t lines = shape.images() * box.rows();
+        double* const firsts = partial.data() + task * 2 * channels;
+        double* const seconds = firsts + channels;
+        for (int64_t line = lines * segment / segments; line < lines * (segment + 1) / segments; ++line) {
+          const int64_t n = line / box.rows();
+          const int64_t row = box.row + line % box.rows();
+          int64_t c = 0;
+          for (; c + kChannelGroups * kLanes <= channels; c += kChannelGroups * kLanes) {
+            Constants<Lanes<T>> k[kChannelGroups];
+            Doubles first[kChannelGroups], second[kChannelGroups];
+            for (int group = 0; group < kChannelGroups; ++group) {
+              k[group] = table.lanes(box.patch, c + group * kLanes);
+              first[group] = load_lanes(firsts + c + group * kLanes);
+              second[group] = load_lanes(seconds + c + group * kLanes);
+            }
+            for (int64_t col = box.col; col < box.col_end; ++col) {
+              for (int group = 0; group < kChannelGroups; ++group) {
+                terms_of(k[group], first[group], second[group],
+                         load_lanes(inputs.at(n, 0, row, col) + c + group * kLanes)...);
+              }
+            }
+            for (int group = 0; group < kChannelGroups; ++group) {
+              store_lanes(firsts + c + group * kLanes, first[group]);
+              store_lanes(seconds + c + group * kLanes, second[group]);
+            }
+          }
+          for (; c + kLanes <= channels; c += kLanes) {
+            const Constants<Lanes<T>> k = table.lanes(box.patch, c);
+            Doubles first = load_lanes(firsts + c), second = load_lanes(seconds + c);
+            for (int64_t col = box.col; col < box.col_end; ++col) {
+              terms_of(k, first, second, load_lanes(inputs.at(n, 0, row, col) + c)...);
+            }
+            store_lanes(firsts + c, first);
+            store_lanes(seconds + c, second);
+          }
+          for (; c < channels; ++c) {
+            const Constants<Compute<T>> k = table.value(box.patch, c);
+            for (int64_t col = box.col; col < box.col_end; ++col) {
+              terms_of(k, firsts[c], seconds[c], static_cast<Compute<T>>(inputs.at(n, 0, row, col)[c])...);
+            }
+          }
         }
       }
-      double first = 0, second = 0;
-      for (int lane = 0; lane < Lanes::kCount; ++lane) first += lanes.first[lane], second += lanes.second[lane];
-      sums[i] = static_cast<A>(first);
-      centered[i] = static_cast<A>(second);
     });
-  }
-  write_statistic(sums, sum_grad);
-  write_statistic(centered, sum_grad_centered);
-}
-
-template <class T>
-void compute_backward_apply(const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& invstd,
-                            const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& sum_grad,
-                            const OptionalTensor& sum_grad_centered, const BatchNormCall& call, const Tensor& output) {
-  using A = Accumulator<T>;
-  const Sizes size = sizes_of(input);
-  Affine<A> affine(call, mean, invstd, weight, bias);
-  affine.add_gradient(call, size, invstd, sum_grad, sum_grad_centered);
-  const View<T> g(grad_output), x(input), dx(output);
-  const int64_t channels = call.channels;
-  const bool pixels = by_pixel(size, {&input, &grad_output, &output});
-  const int64_t inner = pixels ? 1 : channels;
-  for (int64_t patch = 0; patch < call.bounds.patches(); ++patch) {
-    const Box box = box_of(call.bounds, patch);
-    parallel(size[0] * inner * box.rows(), box.columns() * channels / inner, [&](int64_t i) {
-      const int64_t row = box.top + i % box.rows(), c = i / box.rows() % inner, n = i / box.rows() / inner;
-      const Coefficients<A> k = affine.at(patch, c);
-      std::vector<A> grads, values, out;
-      if (pixels) {
-        for (int64_t column = box.left; column < box.right; ++column) {
-          T* to = dx.at(n, 0, row, column);
-          A* results = target(to, 1, channels, out);
-          pixel_grad(load(g.at(n, 0, row, column), 1, channels, grads),
-                     load(x.at(n, 0, row, column), 1, channels, values), results, channels, k);
-          store(to, 1, channels, results);
-        }
-        return;
+  });
+  for (const Box& box : shape.boxes) {
+    for (int64_t c = 0; c < channels; ++c) {
+      TwoSums sums{0, 0};
+      for (int64_t segment = 0; segment < segments_of(box); ++segment) {
+        const double* const firsts = partial.data() + (box.patch * kSegments + segment) * 2 * channels;
+        sums.first += firsts[c];
+        sums.second += firsts[channels + c];
       }
-      T* to = dx.at(n, c, row, box.left);
-      A* results = target(to, dx.strides[3], box.columns(), out);
-      plane_grad(load(g.at(n, c, row, box.left), g.strides[3], box.columns(), grads),
-                 load(x.at(n, c, row, box.left), x.strides[3], box.columns(), values), results, box.columns(), k);
-      store(to, dx.strides[3], box.columns(), results);
-    });
+      finish(box.patch, c, sums);
+    }
   }
 }
 
-// Calls body with a value of the tensor's element type; the checks let nothing but these four through.
-template <class Body>
-void for_type(const Tensor& tensor, const Body& body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Half:
-      return body(torch::headeronly::Half{});
-    default:
-      return body(torch::headeronly::BFloat16{});
-  }
-}
+// --- Operators -------------------------------------------------------------------------------------------------------
 
-void run_stats(const Tensor& input, const BatchNormCall& call, const Tensor& mean, const Tensor& m2) {
+constexpr int kMean = 0, kScale = 1, kBias = 2, kGain = 3, kOffset = 4, kSlope = 5;
+
+// invstd null: not wanted.
+void run_stats(const Tensor& input, const BatchNormCall& call, const Tensor& mean, const Tensor& m2,
+               const Tensor* invstd, double eps) {
   if (mean.numel() == 0) return;
-  for_type(input, [&](auto type) { compute_stats<decltype(type)>(input, call, mean, m2); });
+  dispatch_type(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Value = Compute<T>;
+    const View<const T> x = read_view<T>(input);
+    const Sizes size = sizes_of(input);
+    const Shape shape{size, boxes_of(call.bounds), layout_of(size, x)};
+    const Statistic<Value> mean_at(mean), m2_at(m2);
+    const auto invstd_at = invstd == nullptr ? std::nullopt : std::optional(Statistic<Value>(*invstd));
+    // The shift, in the place of the mean: a sample, so that the sums stay near the deviations.
+    Table<Value> table(call.bounds.patches(), call.channels);
+    if (size[0] != 0) {
+      for (const Box& box : shape.boxes) {
+        for (int64_t c = 0; c < call.channels; ++c) {
+          table.field(kMean, box.patch)[c] = static_cast<Value>(*x.at(0, c, box.row, box.col));
+        }
+      }
+    }
+    reduce<T>(
+        shape, table,
+        [](const auto& k, auto& sum, auto& sum_squares, const auto& value) SPLITKERN_BODY {
+          const auto deviation = widen(value) - widen(k.mean);
+          sum += deviation;
+          sum_squares += deviation * deviation;
+        },
+        [&](int64_t patch, int64_t c, const TwoSums& sums) {
+          const double count = static_cast<double>(std::max<int64_t>(shape.pixels(shape.boxes[patch]), 1));
+          const double shift = static_cast<double>(table.field(kMean, patch)[c]);
+          const double squares = sums.second - sums.first * (sums.first / count);
+          const double positive = squares < 0 ? 0.0 : squares;  // a NaN stays
+          mean_at(patch, c) = static_cast<Value>(shift + sums.first / count);
+          m2_at(patch, c) = static_cast<Value>(positive);
+          if (invstd_at.has_value()) {
+            (*invstd_at)(patch, c) = static_cast<Value>(1 / std::sqrt(positive / count + eps));
+          }
+        },
+        x);
+  });
+}
+
+template <class Value>
+Table<Value> normalisation_table(const BatchNormCall& call, const Tensor& mean, const Tensor& invstd,
+                                 const OptionalTensor& weight, const OptionalTensor& bias) {
+  const Statistic<Value> mean_at(mean), invstd_at(invstd);
+  Table<Value> table(call.bounds.patches(), call.channels);
+  for (int64_t c = 0; c < call.channels; ++c) {
+    const Value weight_value = static_cast<Value>(parameter_at(weight, c, 1));
+    const Value bias_value = static_cast<Value>(parameter_at(bias, c, 0));
+    for (int64_t patch = 0; patch < call.bounds.patches(); ++patch) {
+      table.field(kMean, patch)[c] = mean_at(patch, c);
+      table.field(kScale, patch)[c] = invstd_at(patch, c) * weight_value;
+      table.field(kBias, patch)[c] = bias_value;
+    }
+  }
+  return table;
 }
 
 void run_apply(const Tensor& input, const Tensor& mean, const Tensor& invstd, const OptionalTensor& weight,
                const OptionalTensor& bias, const BatchNormCall& call, const Tensor& output) {
   if (output.numel() == 0) return;
-  for_type(input,
-           [&](auto type) { compute_apply<decltype(type)>(input, mean, invstd, weight, bias, call, output); });
+  dispatch_type(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const View<const T> x = read_view<T>(input);
+    const View<T> y = write_view<T>(output);
+    const Sizes size = sizes_of(input);
+    const Shape shape{size, boxes_of(call.bounds), layout_of(size, x, y)};
+    const Table<Compute<T>> table = normalisation_table<Compute<T>>(call, mean, invstd, weight, bias);
+    dispatch_bool(call.relu, [&](auto relu) {
+      map<T>(
+          shape, table,
+          [](const auto& k, const auto& value)
+              SPLITKERN_BODY { return apply_value<T, decltype(relu)::value>(value, k); },
+          y, x);
+    });
+  });
 }
 
 void run_backward_reduce(const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& invstd,
                          const OptionalTensor& weight, const OptionalTensor& bias, const BatchNormCall& call,
                          const Tensor& sum_grad, const Tensor& sum_grad_centered) {
   if (sum_grad.numel() == 0) return;
-  for_type(input, [&](auto type) {
-    compute_backward_reduce<decltype(type)>(grad_output, input, mean, invstd, weight, bias, call, sum_grad,
-                                            sum_grad_centered);
+  dispatch_type(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Value = Compute<T>;
+    const View<const T> g = read_view<T>(grad_output);
+    const View<const T> x = read_view<T>(input);
+    const Sizes size = sizes_of(input);
+    const Shape shape{size, boxes_of(call.bounds), layout_of(size, g, x)};
+    const Table<Value> table = normalisation_table<Value>(call, mean, invstd, weight, bias);
+    const Statistic<Value> sum_at(sum_grad), centered_at(sum_grad_centered);
+    dispatch_bool(call.relu, [&](auto relu) {
+      reduce<T>(
+          shape, table,
+          [](const auto& k, auto& sum, auto& sum_centered, const auto& gradient, const auto& value) SPLITKERN_BODY {
+            const auto active = widen(active_gradient<T, decltype(relu)::value>(gradient, value, k));
+            sum += active;
+            sum_centered += active * widen(value - k.mean);
+          },
+          [&](int64_t patch, int64_t c, const TwoSums& sums) {
+            sum_at(patch, c) = static_cast<Value>(sums.first);
+            centered_at(patch, c) = static_cast<Value>(sums.second);
+          },
+          g, x);
+    });
   });
 }
 
@@ -427,23 +513,38 @@ void run_backward_apply(const Tensor& grad_output, const Tensor& input, const Te
                         const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& sum_grad,
                         const OptionalTensor& sum_grad_centered, const BatchNormCall& call, const Tensor& output) {
   if (output.numel() == 0) return;
-  for_type(input, [&](auto type) {
-    compute_backward_apply<decltype(type)>(grad_output, input, mean, invstd, weight, bias, sum_grad, sum_grad_centered,
-                                           call, output);
-  });
-}
-
-template <class A>
-void write_invstd(const Tensor& m2, const BatchNormCall& call, int64_t batch, double eps, const Tensor& invstd) {
-  std::vector<A> values = read_statistic<A>(m2);
-  for (int64_t p = 0; p < call.bounds.patches(); ++p) {
-    const Box box = box_of(call.bounds, p);
-    const double count = static_cast<double>(std::max<int64_t>(1, batch * box.rows() * box.columns()));
-    for (int64_t i = p * call.channels; i < (p + 1) * call.channels; ++i) {
-      values[i] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(values[i]) / count + eps));
+  dispatch_type(input.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    using Value = Compute<T>;
+    const View<const T> g = read_view<T>(grad_output);
+    const View<const T> x = read_view<T>(input);
+    const View<T> dx = write_view<T>(output);
+    const Sizes size = sizes_of(input);
+    const Shape shape{size, boxes_of(call.bounds), layout_of(size, g, x, dx)};
+    Table<Value> table = normalisation_table<Value>(call, mean, invstd, weight, bias);
+    const Statistic<Value> invstd_at(invstd);
+    const Statistic<Value> sum_at(sum_grad.value_or(invstd)), centered_at(sum_grad_centered.value_or(invstd));
+    for (const Box& box : shape.boxes) {
+      const Value count = static_cast<Value>(shape.pixels(box));
+      for (int64_t c = 0; c < call.channels; ++c) {
+        const Value inverse = invstd_at(box.patch, c);
+        table.field(kGain, box.patch)[c] = table.field(kScale, box.patch)[c];
+        if (!sum_grad.has_value()) continue;
+        table.field(kOffset, box.patch)[c] = sum_at(box.patch, c) / count;
+        table.field(kSlope, box.patch)[c] = inverse * inverse * (centered_at(box.patch, c) / count);
+      }
     }
-  }
-  write_statistic(values, invstd);
+    dispatch_bool(call.relu, [&](auto relu) {
+      dispatch_bool(sum_grad.has_value(), [&](auto batch_statistics) {
+        map<T>(
+            shape, table,
+            [](const auto& k, const auto& gradient, const auto& value) SPLITKERN_BODY {
+              return input_gradient<T, decltype(relu)::value, decltype(batch_statistics)::value>(gradient, value, k);
+            },
+            dx, g, x);
+      });
+    });
+  });
 }
 
 }  // namespace
@@ -454,22 +555,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_batch_norm(const Tensor& input,
                                                             StringArgument activation) {
   const BatchNormCall call = check_batch_norm(input, weight, bias, rows, cols, eps, activation);
   const Tensor output = new_output(input, sizes_of(input));
-  const Tensor mean = new_statistics(input, call), invstd = new_statistics(input, call);
+  const Tensor mean = new_statistics(input, call);
+  const Tensor invstd = new_statistics(input, call);
   const Tensor m2 = new_statistics(input, call);
-  run_stats(input, call, mean, m2);
-  if (call.statistics_type == ScalarType::Double) {
-    write_invstd<double>(m2, call, input.size(0), eps, invstd);
-  } else {
-    write_invstd<float>(m2, call, input.size(0), eps, invstd);
-  }
+  run_stats(input, call, mean, m2, &invstd, eps);
   run_apply(input, mean, invstd, weight, bias, call, output);
   return {output, mean, invstd, m2};
 }
 
 std::tuple<Tensor, Tensor> patch_batch_norm_stats(const Tensor& input, const IntList& rows, const IntList& cols) {
   const BatchNormCall call = check_batch_norm_stats(input, rows, cols);
-  const Tensor mean = new_statistics(input, call), m2 = new_statistics(input, call);
-  run_stats(input, call, mean, m2);
+  const Tensor mean = new_statistics(input, call);
+  const Tensor m2 = new_statistics(input, call);
+  run_stats(input, call, mean, m2, nullptr, 0);
   return {mean, m2};
 }
 
@@ -478,7 +576,7 @@ void patch_batch_norm_stats_out(const Tensor& input, const IntList& rows, const 
   const BatchNormCall call = check_batch_norm_stats(input, rows, cols);
   check_statistics_output(kBatchNormStats, "mean", mean, input, call);
   check_statistics_output(kBatchNormStats, "m2", m2, input, call);
-  run_stats(input, call, mean, m2);
+  run_stats(input, call, mean, m2, nullptr, 0);
 }
 
 Tensor patch_batch_norm_apply(const Tensor& input, const Tensor& mean, const Tensor& invstd,
@@ -505,7 +603,8 @@ std::tuple<Tensor, Tensor> patch_batch_norm_backward_reduce(const Tensor& grad_o
                                                             StringArgument activation) {
   const BatchNormCall call =
       check_batch_norm_backward_reduce(grad_output, input, mean, invstd, weight, bias, rows, cols, activation);
-  const Tensor sum_grad = new_statistics(input, call), sum_grad_centered = new_statistics(input, call);
+  const Tensor sum_grad = new_statistics(input, call);
+  const Tensor sum_grad_centered = new_statistics(input, call);
   run_backward_reduce(grad_output, input, mean, invstd, weight, bias, call, sum_grad, sum_grad_centered);
   return {sum_grad, sum_grad_centered};
 }
@@ -540,7 +639,7 @@ void patch_batch_norm_backward_apply_out(const Tensor& grad_output, const Tensor
                                          const Tensor& output) {
   const BatchNormCall call = check_batch_norm_backward_apply(grad_output, input, mean, invstd, weight, bias, sum_grad,
                                                              sum_grad_centered, rows, cols, activation);
-  check_output(kBatchNormBackwardApply, "output", output, input, sizes_of(input), input.scalar_type());
+  check_output(kBatchNormBackwardApply, "output", output, grad_output, sizes_of(input), input.scalar_type());
   run_backward_apply(grad_output, input, mean, invstd, weight, bias, sum_grad, sum_grad_centered, call, output);
 }
 
