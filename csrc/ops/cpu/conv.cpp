@@ -81,10 +81,10 @@ Tensor cast(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-Tensor as_strided(const Tensor& tensor, const Sizes& size, const Sizes& strides) {
+// A view of the same storage, `offset` elements behind the tensor's first.
+Tensor as_strided(const Tensor& tensor, const Sizes& size, const Sizes& strides, int64_t offset = 0) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 4, size.data(), strides.data(), tensor.storage_offset(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 4, size.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
 
@@ -93,12 +93,7 @@ Tensor box(const Tensor& tensor, int64_t row, int64_t rows, int64_t col, int64_t
   const Sizes size = sizes_of(tensor);
   if (rows == size[2] && cols == size[3]) return tensor;
   const Sizes strides = element_strides(tensor);
-  const Sizes box_size = {size[0], size[1], rows, cols};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 4, box_size.data(), strides.data(),
-                                                        tensor.storage_offset() + row * strides[2] + col * strides[3],
-                                                        &handle));
-  return Tensor(handle);
+  return as_strided(tensor, {size[0], size[1], rows, cols}, strides, row * strides[2] + col * strides[3]);
 }
 
 // --- Memory formats --------------------------------------------------------------------------------------------------
