@@ -194,8 +194,8 @@ enum class Layout { kPlanar, kInterleaved, kStrided };
 
 template <class... Views>
 Layout layout_of(const Sizes& size, const Views&... views) {
-  if (((size[3] == 1 || views.strides[3] == 1) && ...)) return Layout::kPlanar;
-  if (((size[1] == 1 || views.strides[1] == 1) && ...)) return Layout::kInterleaved;
+  if (((views.strides[3] == 1) && ...)) return Layout::kPlanar;
+  if (size[1] > 1 && ((views.strides[1] == 1) && ...)) return Layout::kInterleaved;
   return Layout::kStrided;
 }
 
