@@ -60,6 +60,11 @@ def find_torch() -> Path:
     return Path(spec.origin).parent
 
 
+def run(command: list[str]) -> None:
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"splitkern: the native build failed: {shlex.join(command)}")
+
+
 def build_library(version: str) -> Path:
     """Configures and builds in ``build/`` (incremental), and returns the path of the library."""
     torch_folder = find_torch()
@@ -76,29 +81,20 @@ def build_library(version: str) -> Path:
     cmake = find_tool("cmake")
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
 
-    # CMake keeps compilers and options in its cache; start afresh when what chooses them has changed.
-    choices = {name: os.environ.get(name) for name in ("CUDA_HOME", "CC", "CXX", "CUDACXX", "CMAKE_ARGS")}
-    key = json.dumps([cmake, shutil.which("nvcc"), choices, str(ROOT)], indent=1)
+    # Configure when anything that decides how has changed, and then afresh: CMake keeps compilers and options in its
+    # cache. Changes of CMakeLists.txt and new source files are ninja's to notice.
+    choices = {name: os.environ.get(name) for name in ("CUDA_HOME", "CC", "CXX", "CUDACXX")}
+    configure = [cmake, "--fresh", "--log-level=NOTICE", "-S", str(ROOT), "-B", str(BUILD), *arguments]
+    key = json.dumps([configure, choices, shutil.which("nvcc")], indent=1)
     BUILD.mkdir(exist_ok=True)
     key_file = BUILD / "configured_with.json"
     with open(BUILD / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
-        fresh = not key_file.is_file() or key_file.read_text() != key
-        key_file.unlink(missing_ok=True)
-        configure = [
-            cmake,
-            "--log-level=NOTICE",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(BUILD),
-            *(["--fresh"] if fresh else []),
-            *arguments,
-        ]
-        for command in (configure, [cmake, "--build", str(BUILD), "--target", "_ops", "--parallel", jobs]):
-            if subprocess.run(command).returncode != 0:
-                raise SystemExit(f"splitkern: the native build failed: {shlex.join(command)}")
+        if not key_file.is_file() or key_file.read_text() != key:
+            key_file.unlink(missing_ok=True)
+            run(configure)
             key_file.write_text(key)
+        run([cmake, "--build", str(BUILD), "--target", "_ops", "--parallel", jobs])
     return BUILD / "_ops.so"
 
 

@@ -3,14 +3,15 @@
 
 #include <torch/headeronly/version.h>
 
-
 extern "C" __attribute__((visibility("default"))) const char* splitkern_build_info() {
   // TORCH_TARGET_VERSION holds major, minor and patch in its upper three bytes.
   static_assert(TORCH_TARGET_VERSION == 0x020b000000000000ULL, "torch_target below must name this version");
+  // clang-format off
   return "{\"version\": \"" SPLITKERN_VERSION "\", "
          "\"cuda_architectures\": \"" SPLITKERN_CUDA_ARCHITECTURES "\", "
          "\"cuda_compiler\": \"" SPLITKERN_CUDA_COMPILER "\", "
          "\"cxx_compiler\": \"" SPLITKERN_CXX_COMPILER "\", "
          "\"torch_target\": \"2.11\", "
          "\"torch_headers\": \"" TORCH_VERSION "\"}";
+  // clang-format on
 }
