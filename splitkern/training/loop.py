@@ -213,8 +213,14 @@ class _Run:
         # Splitting may draw; the runs with and without it shall draw the same from here on.
         torch.manual_seed(options.seed)
         self.steps = len(data.train_batches(options.batch, seed=options.seed, epoch=0))
+        # Fused, because the other forms make temporaries of the size of the largest weights.
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
+            self.model.parameters(),
+            lr=options.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=options.weight_decay,
+            fused=True,
         )
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, max_lr=options.lr, total_steps=self.steps * options.epochs + 1, pct_start=0.3
