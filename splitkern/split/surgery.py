@@ -234,12 +234,11 @@ def make_forward(model: nn.Module, example_inputs: Tensor | Sequence[Any], optio
     """A split forward that is not installed yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if split_forward_of(model) is not None:
-        config = split_forward_of(model)
-        assert config is not None
+    existing = split_forward_of(model)
+    if existing is not None:
         raise ValueError(
-            f"this {type(model).__name__} is already split (grid={config.options.grid}, "
-            f"{config.options.extent}); call unsplit_ first"
+            f"this {type(model).__name__} is already split (grid={existing.options.grid}, "
+            f"{existing.options.extent}); call unsplit_ first"
         )
     if "forward" in model.__dict__:
         raise ValueError(
