@@ -154,31 +154,40 @@ void run_forward(const Tensor& input, const PoolCall& call, const Tensor& output
 
 // --- Backward --------------------------------------------------------------------------------------------------------
 
-// One row of inputs, all channels: every input adds what the outputs that read it send, row-major.
+// One output that reads an input: the distance of its first channel from the image's origin, and its divisor.
 template <class T>
-SPLITKERN_INLINE void gradient_row(const View<const T>& gradient, int64_t n, int64_t channels,
+struct Sender {
+  int64_t distance;
+  Compute<T> divisor;
+};
+
+// One row of inputs, all channels: every input adds what the outputs that read it send, row-major. `senders` is room
+// for as many as a window has positions.
+template <class T>
+SPLITKERN_INLINE void gradient_row(const T* gradient, const Sizes& strides, int64_t channels,
                                    const std::vector<Reader>& rows, const std::vector<std::vector<Reader>>& cols,
-                                   const Tables& tables, T* output, int64_t output_stride) {
+                                   const Tables& tables, Sender<T>* senders, T* output, int64_t output_stride) {
   for (size_t col = 0; col < cols.size(); ++col) {
+    int64_t count = 0;
+    for (const Reader& row_reader : rows) {
+      for (const Reader& col_reader : cols[col]) {
+        senders[count++] = {row_reader.output * strides[2] + col_reader.output * strides[3],
+                            static_cast<Compute<T>>(tables.divisor(row_reader.output, col_reader.output))};
+      }
+    }
     T* const target = output + static_cast<int64_t>(col) * output_stride;
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
       Lanes<T> sum{};
-      for (const Reader& row_reader : rows) {
-        for (const Reader& col_reader : cols[col]) {
-          sum += divide(load_lanes(gradient.at(n, c, row_reader.output, col_reader.output)),
-                        static_cast<Compute<T>>(tables.divisor(row_reader.output, col_reader.output)));
-        }
+      for (int64_t s = 0; s < count; ++s) {
+        sum += divide(load_lanes(gradient + senders[s].distance + c), senders[s].divisor);
       }
       store_lanes(target + c, sum);
     }
     for (; c < channels; ++c) {
       Compute<T> sum = 0;
-      for (const Reader& row_reader : rows) {
-        for (const Reader& col_reader : cols[col]) {
-          sum += divide(static_cast<Compute<T>>(*gradient.at(n, c, row_reader.output, col_reader.output)),
-                        static_cast<Compute<T>>(tables.divisor(row_reader.output, col_reader.output)));
-        }
+      for (int64_t s = 0; s < count; ++s) {
+        sum += divide(static_cast<Compute<T>>(gradient[senders[s].distance + c]), senders[s].divisor);
       }
       target[c] = static_cast<T>(sum);
     }
@@ -219,11 +228,13 @@ void run_backward(const Tensor& grad_output, const PoolCall& call, const Tensor&
       const auto row_readers = tables.rows.readers();
       const auto col_readers = tables.cols.readers();
       parallel_tasks(images * height, channels * width * 4, [&](int64_t first, int64_t last) {
+        std::vector<Sender<T>> senders(tables.rows.kernel() * tables.cols.kernel());
         run_vectorised([&]() SPLITKERN_BODY {
           for (int64_t task = first; task < last; ++task) {
             const int64_t n = task / height;
             const int64_t row = task % height;
-            gradient_row(g, n, channels, row_readers[row], col_readers, tables, dx.at(n, 0, row, 0), dx.strides[3]);
+            gradient_row(g.at(n, 0, 0, 0), g.strides, channels, row_readers[row], col_readers, tables, senders.data(),
+                         dx.at(n, 0, row, 0), dx.strides[3]);
           }
         });
       });

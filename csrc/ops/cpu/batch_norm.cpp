@@ -206,18 +206,15 @@ template <class T, class ValueOf, class... Inputs>
 SPLITKERN_INLINE void map_pixels(int64_t pixels, int64_t channels, const Table<Compute<T>>& table, int64_t patch,
                                  T* output, int64_t output_stride, const ValueOf& value_of,
                                  std::pair<const T*, Inputs>... inputs) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    const Constants<Lanes<T>> lanes = table.lanes(patch, c);
-    for (int64_t i = 0; i < pixels; ++i) {
-      store_lanes(output + i * output_stride + c, value_of(lanes, load_lanes(inputs.first + i * inputs.second + c)...));
+  for (int64_t i = 0; i < pixels; ++i) {
+    T* const pixel = output + i * output_stride;
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      store_lanes(pixel + c, value_of(table.lanes(patch, c), load_lanes(inputs.first + i * inputs.second + c)...));
     }
-  }
-  for (; c < channels; ++c) {
-    const Constants<Compute<T>> k = table.value(patch, c);
-    for (int64_t i = 0; i < pixels; ++i) {
-      output[i * output_stride + c] =
-          static_cast<T>(value_of(k, static_cast<Compute<T>>(inputs.first[i * inputs.second + c])...));
+    for (; c < channels; ++c) {
+      pixel[c] = static_cast<T>(
+          value_of(table.value(patch, c), static_cast<Compute<T>>(inputs.first[i * inputs.second + c])...));
     }
   }
 }
@@ -276,7 +273,7 @@ struct TwoSums {
 // Interleaved pixels are cut into this many shares at most, summed apart and added in order.
 constexpr int64_t kSegments = 32;
 // Lanes of channels whose sums stay in registers while a row's pixels pass.
-constexpr int kChannelGroups = 4;
+constexpr int kChannelGroups = 8;
 
 // terms_of(constants, element..., first&, second&) adds to the two sums, for one value or lanes. `finish(patch,
 // channel, sums)` gets each pair once.

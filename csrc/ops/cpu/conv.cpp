@@ -165,19 +165,21 @@ AxisPlan plan_axis(const ConvCall& call, int axis, size_t patch, bool surplus_al
   plan.begin = std::max(in_begin, first);
   plan.padding = plan.begin - first;
   plan.length = in_end - plan.begin;
+  // oneDNN (in torch 2.11) reads out of bounds for windows that lie in the padding alone: those are copied.
+  const bool padding_allowed = plan.padding < effective;
   const auto symmetric_outputs = [&] {
     const int64_t slack = plan.length + 2 * plan.padding - effective;
     return slack < 0 ? 0 : slack / stride + 1;
   };
   // Inputs that the last window does not reach are harmless where they make no further output.
-  if (symmetric_outputs() == outputs) return plan;
+  if (padding_allowed && symmetric_outputs() == outputs) return plan;
   plan.end_padding = last - in_end;
   if (plan.end_padding < 0) {
     plan.length += plan.end_padding;
     plan.end_padding = 0;
-    if (symmetric_outputs() == outputs) return plan;
+    if (padding_allowed && symmetric_outputs() == outputs) return plan;
   }
-  plan.copies = !surplus_allowed || plan.end_padding > plan.padding;
+  plan.copies = !surplus_allowed || !padding_allowed || plan.end_padding > plan.padding;
   if (!plan.copies) plan.surplus = symmetric_outputs() - outputs;
   return plan;
 }

@@ -154,32 +154,57 @@ SPLITKERN_INLINE void pool_plane(const T* input, const Sizes& input_strides, T* 
   }
 }
 
+// A position of one window, as the distance of its first channel from the plane's origin.
+struct Tap {
+  int64_t distance;
+  int64_t offset;
+};
+
 // One row of outputs, all channels; channel strides are 1.
 template <class T>
 SPLITKERN_INLINE void pool_row(const T* input, const Sizes& input_strides, T* values, const Sizes& value_strides,
                                uint8_t* offsets, const Sizes& offset_strides, int64_t channels, const Span& rows,
                                const Tables& tables) {
+  Tap taps[kMaxWindowPositions];
   for (int64_t col = 0; col < tables.cols.outputs(); ++col) {
     const Span& cols = tables.cols.span(col);
+    int64_t count = 0;
+    for (int64_t i = rows.tap_begin; i < rows.tap_end; ++i) {
+      for (int64_t j = cols.tap_begin; j < cols.tap_end; ++j) {
+        taps[count++] = {(rows.first + i * tables.rows.dilation()) * input_strides[2] +
+                             (cols.first + j * tables.cols.dilation()) * input_strides[3],
+                         i * tables.cols.kernel() + j};
+      }
+    }
     T* const value = values + col * value_strides[3];
     uint8_t* const offset = offsets + col * offset_strides[3];
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      MaximumLanes<T> maximum;
-      if (!rows.empty() && !cols.empty()) maximum.start(rows.tap_begin * tables.cols.kernel() + cols.tap_begin);
-      for (int64_t i = rows.tap_begin; i < rows.tap_end; ++i) {
-        const T* const line = input + (rows.first + i * tables.rows.dilation()) * input_strides[2] + c;
-        for (int64_t j = cols.tap_begin; j < cols.tap_end; ++j) {
-          maximum.see(load_lanes(line + (cols.first + j * tables.cols.dilation()) * input_strides[3]),
-                      i * tables.cols.kernel() + j);
+    // Several groups of channels per visit of a tap, as long as they last.
+    const auto groups = [&](int64_t c, auto count_of_groups) SPLITKERN_BODY {
+      constexpr int kGroups = decltype(count_of_groups)::value;
+      MaximumLanes<T> maxima[kGroups];
+      for (int group = 0; group < kGroups && count > 0; ++group) maxima[group].start(taps[0].offset);
+      for (int64_t t = 0; t < count; ++t) {
+        const T* const from = input + taps[t].distance + c;
+        for (int group = 0; group < kGroups; ++group) {
+          maxima[group].see(load_lanes(from + group * kLanes), taps[t].offset);
         }
       }
-      store_lanes(value + c, maximum.value);
-      const OffsetLanes stored = maximum.stored_offsets();
-      std::memcpy(offset + c, &stored, sizeof(stored));
-    }
+      for (int group = 0; group < kGroups; ++group) {
+        store_lanes(value + c + group * kLanes, maxima[group].value);
+        const OffsetLanes stored = maxima[group].stored_offsets();
+        std::memcpy(offset + c + group * kLanes, &stored, sizeof(stored));
+      }
+    };
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) groups(c, std::integral_constant<int, 4>{});
+    for (; c + kLanes <= channels; c += kLanes) groups(c, std::integral_constant<int, 1>{});
     for (; c < channels; ++c) {
-      pool_window(input + c, input_strides[2], input_strides[3], tables, rows, cols, value + c, offset + c);
+      Maximum<T> maximum;
+      if (count > 0) maximum.start(taps[0].offset);
+      for (int64_t t = 0; t < count; ++t) {
+        maximum.see(static_cast<Compute<T>>(input[taps[t].distance + c]), taps[t].offset);
+      }
+      maximum.store(value + c, offset + c);
     }
   }
 }
@@ -224,80 +249,122 @@ void run_forward(const Tensor& input, const PoolCall& call, const Tensor& values
 
 // --- Offsets back to positions ---------------------------------------------------------------------------------------
 
-// Row and column tap of every offset, so that no division is needed per element.
+// Row and column distance of every offset from its window's first position, so that no element needs a division.
 struct TapTable {
-  explicit TapTable(const PoolCall& call) {
-    for (int64_t offset = 0; offset <= kMaxWindowPositions; ++offset) {
-      const int64_t row = offset / call.window.kernel[1];
-      rows[offset] = row < call.window.kernel[0] ? row * call.window.dilation[0] : kNowhere;
+  TapTable(const PoolCall& call, int64_t row_stride, int64_t col_stride)
+      : positions(call.window.kernel[0] * call.window.kernel[1]) {
+    for (int64_t offset = 0; offset < positions; ++offset) {
+      rows[offset] = offset / call.window.kernel[1] * call.window.dilation[0];
       cols[offset] = offset % call.window.kernel[1] * call.window.dilation[1];
+      distance[offset] = rows[offset] * row_stride + cols[offset] * col_stride;
     }
-    rows[kNoOffset] = kNowhere;
   }
 
-  static constexpr int64_t kNowhere = int64_t{1} << 40;  // beyond every input
-  int64_t rows[256];
-  int64_t cols[256];
+  int64_t positions;
+  int64_t rows[kMaxWindowPositions];
+  int64_t cols[kMaxWindowPositions];
+  int64_t distance[kMaxWindowPositions];
 };
 
-// Calls body(row, col, input_row, input_col) for every output of the plane whose offset names a position of its patch.
-template <class Body>
-SPLITKERN_INLINE void for_each_position(const uint8_t* offsets, const Sizes& strides, const Tables& tables,
-                                        const TapTable& taps, const Body& body) {
+// Calls body(row, col, distance of the named input from the plane's origin) for every output of the plane whose offset
+// names a position of its patch, row-major. Strides are the input plane's, as in `taps`. kUnit: the offsets' columns
+// are neighbours.
+template <bool kUnit, class Body>
+SPLITKERN_INLINE void for_each_position(const uint8_t* offsets, const Sizes& offset_strides, const Tables& tables,
+                                        const TapTable& taps, int64_t row_stride, int64_t col_stride,
+                                        const Body& body) {
   for (int64_t row = 0; row < tables.rows.outputs(); ++row) {
     const AxisPatch& row_patch = tables.rows.patch_of(row);
-    const int64_t first_row = tables.rows.span(row).first;
-    const uint8_t* const line = offsets + row * strides[2];
+    const Span& rows = tables.rows.span(row);
+    const bool inner_row = rows.tap_begin == 0 && rows.tap_end == tables.rows.kernel();
+    const uint8_t* const line = offsets + row * offset_strides[2];
+    const int64_t offset_stride = kUnit ? 1 : offset_strides[3];
+    const int64_t row_distance = rows.first * row_stride;
     for (const AxisPatch& col_patch : tables.cols.patches()) {
-      for (int64_t col = col_patch.out_begin; col < col_patch.out_end; ++col) {
-        const uint8_t offset = line[col * strides[3]];
-        const int64_t input_row = first_row + taps.rows[offset];
-        const int64_t input_col = tables.cols.span(col).first + taps.cols[offset];
-        if (input_row < row_patch.in_begin || input_row >= row_patch.in_end || input_col < col_patch.in_begin ||
-            input_col >= col_patch.in_end) {
-          continue;
+      const auto border = [&](int64_t begin, int64_t end) SPLITKERN_BODY {
+        for (int64_t col = begin; col < end; ++col) {
+          const int64_t offset = line[col * offset_stride];
+          if (offset >= taps.positions) continue;
+          const int64_t input_row = rows.first + taps.rows[offset];
+          const int64_t input_col = tables.cols.span(col).first + taps.cols[offset];
+          if (input_row < row_patch.in_begin || input_row >= row_patch.in_end || input_col < col_patch.in_begin ||
+              input_col >= col_patch.in_end) {
+            continue;
+          }
+          body(row, col, input_row * row_stride + input_col * col_stride);
         }
-        body(row, col, input_row, input_col);
+      };
+      if (!inner_row) {
+        border(col_patch.out_begin, col_patch.out_end);
+        continue;
       }
+      border(col_patch.out_begin, col_patch.inner_begin);
+      int64_t origin = 0;
+      if (col_patch.inner_begin < col_patch.inner_end) {
+        origin = row_distance + tables.cols.span(col_patch.inner_begin).first * col_stride;
+      }
+      for (int64_t col = col_patch.inner_begin; col < col_patch.inner_end; ++col) {
+        const int64_t offset = line[col * offset_stride];
+        if (offset < taps.positions) body(row, col, origin + taps.distance[offset]);
+        origin += tables.cols.stride() * col_stride;
+      }
+      border(col_patch.inner_end, col_patch.out_end);
     }
   }
 }
 
 // --- Backward --------------------------------------------------------------------------------------------------------
 
+// One output that reads an input, by the distance of its first channel from the image's origin.
+struct Sender {
+  int64_t gradient;
+  int64_t offset;
+  int64_t tap;
+};
+
 // One row of inputs, all channels: every input adds what the outputs that read it send, row-major.
 template <class T>
-SPLITKERN_INLINE void gradient_row(const View<const T>& gradient, const View<const uint8_t>& offsets, int64_t n,
-                                   int64_t channels, const std::vector<Reader>& rows,
+SPLITKERN_INLINE void gradient_row(const T* gradient, const Sizes& gradient_strides, const uint8_t* offsets,
+                                   const Sizes& offset_strides, int64_t channels, const std::vector<Reader>& rows,
                                    const std::vector<std::vector<Reader>>& cols, int64_t kernel_cols, T* output,
                                    int64_t output_stride) {
+  using Flags = decltype(Lanes<T>{} > Lanes<T>{});
+  using Flag = std::conditional_t<std::is_same_v<Compute<T>, double>, int64_t, int32_t>;
+  Sender senders[kMaxWindowPositions];
   for (size_t col = 0; col < cols.size(); ++col) {
+    int64_t count = 0;
+    for (const Reader& row_reader : rows) {
+      for (const Reader& col_reader : cols[col]) {
+        senders[count++] = {row_reader.output * gradient_strides[2] + col_reader.output * gradient_strides[3],
+                            row_reader.output * offset_strides[2] + col_reader.output * offset_strides[3],
+                            row_reader.tap * kernel_cols + col_reader.tap};
+      }
+    }
     T* const target = output + static_cast<int64_t>(col) * output_stride;
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      Lanes<T> sum{};
-      for (const Reader& row_reader : rows) {
-        for (const Reader& col_reader : cols[col]) {
-          const uint8_t tap = static_cast<uint8_t>(row_reader.tap * kernel_cols + col_reader.tap);
+    const auto groups = [&](int64_t c, auto count_of_groups) SPLITKERN_BODY {
+      constexpr int kGroups = decltype(count_of_groups)::value;
+      Lanes<T> sums[kGroups] = {};
+      for (int64_t s = 0; s < count; ++s) {
+        const T* const from = gradient + senders[s].gradient + c;
+        const uint8_t* const chosen_by = offsets + senders[s].offset + c;
+        const Flags tap = Flags{} + static_cast<Flag>(senders[s].tap);
+        for (int group = 0; group < kGroups; ++group) {
           OffsetLanes stored;
-          std::memcpy(&stored, offsets.at(n, c, row_reader.output, col_reader.output), sizeof(stored));
-          using Flags = decltype(Lanes<T>{} > Lanes<T>{});
-          const Flags chosen = __builtin_convertvector(stored, Flags) == Flags{} + tap;
-          const Lanes<T> term = load_lanes(gradient.at(n, c, row_reader.output, col_reader.output));
-          sum += chosen ? term : Lanes<T>{};
+          std::memcpy(&stored, chosen_by + group * kLanes, sizeof(stored));
+          const Flags chosen = __builtin_convertvector(stored, Flags) == tap;
+          sums[group] += chosen ? load_lanes(from + group * kLanes) : Lanes<T>{};
         }
       }
-      store_lanes(target + c, sum);
-    }
+      for (int group = 0; group < kGroups; ++group) store_lanes(target + c + group * kLanes, sums[group]);
+    };
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) groups(c, std::integral_constant<int, 4>{});
+    for (; c + kLanes <= channels; c += kLanes) groups(c, std::integral_constant<int, 1>{});
     for (; c < channels; ++c) {
       Compute<T> sum = 0;
-      for (const Reader& row_reader : rows) {
-        for (const Reader& col_reader : cols[col]) {
-          if (*offsets.at(n, c, row_reader.output, col_reader.output) ==
-              row_reader.tap * kernel_cols + col_reader.tap) {
-            sum += static_cast<Compute<T>>(*gradient.at(n, c, row_reader.output, col_reader.output));
-          }
-        }
+      for (int64_t s = 0; s < count; ++s) {
+        if (offsets[senders[s].offset + c] != senders[s].tap) continue;
+        sum += static_cast<Compute<T>>(gradient[senders[s].gradient + c]);
       }
       target[c] = static_cast<T>(sum);
     }
@@ -311,11 +378,15 @@ SPLITKERN_INLINE void gradient_plane(const T* gradient, const Sizes& gradient_st
                                      Compute<T>* plane) {
   const int64_t width = tables.cols.inputs();
   std::fill(plane, plane + tables.rows.inputs() * width, Compute<T>{0});
-  for_each_position(offsets, offset_strides, tables, taps,
-                    [&](int64_t row, int64_t col, int64_t input_row, int64_t input_col) SPLITKERN_BODY {
-                      plane[input_row * width + input_col] +=
-                          static_cast<Compute<T>>(gradient[row * gradient_strides[2] + col * gradient_strides[3]]);
-                    });
+  dispatch_bool(offset_strides[3] == 1 && gradient_strides[3] == 1, [&](auto unit) SPLITKERN_BODY {
+    constexpr bool kUnit = decltype(unit)::value;
+    const int64_t col_stride = kUnit ? 1 : gradient_strides[3];
+    for_each_position<kUnit>(offsets, offset_strides, tables, taps, width, 1,
+                             [&](int64_t row, int64_t col, int64_t distance) SPLITKERN_BODY {
+                               plane[distance] +=
+                                   static_cast<Compute<T>>(gradient[row * gradient_strides[2] + col * col_stride]);
+                             });
+  });
 }
 
 void run_backward(const Tensor& grad_output, const Tensor& offsets, const PoolCall& call, const Tensor& output) {
@@ -338,14 +409,14 @@ void run_backward(const Tensor& grad_output, const Tensor& offsets, const PoolCa
           for (int64_t task = first; task < last; ++task) {
             const int64_t n = task / height;
             const int64_t row = task % height;
-            gradient_row(g, o, n, channels, row_readers[row], col_readers, tables.cols.kernel(), dx.at(n, 0, row, 0),
-                         dx.strides[3]);
+            gradient_row(g.at(n, 0, 0, 0), g.strides, o.at(n, 0, 0, 0), o.strides, channels, row_readers[row],
+                         col_readers, tables.cols.kernel(), dx.at(n, 0, row, 0), dx.strides[3]);
           }
         });
       });
       return;
     }
-    const TapTable taps(call);
+    const TapTable taps(call, width, 1);
     const bool in_place =
         std::is_same_v<T, Compute<T>> && (width == 1 || dx.strides[3] == 1) && (height == 1 || dx.strides[2] == width);
     parallel_tasks(images * channels, height * width * 2, [&](int64_t first, int64_t last) {
@@ -375,7 +446,6 @@ void run_backward(const Tensor& grad_output, const Tensor& offsets, const PoolCa
 void run_gather(const Tensor& input, const Tensor& offsets, const PoolCall& call, const Tensor& output) {
   if (output.numel() == 0) return;
   const Tables tables(call);
-  const TapTable taps(call);
   const int64_t channels = call.input_size[1];
   const int64_t rows = tables.rows.outputs();
   const int64_t cols = tables.cols.outputs();
@@ -384,6 +454,7 @@ void run_gather(const Tensor& input, const Tensor& offsets, const PoolCall& call
     const View<const T> x = read_view<T>(input);
     const View<const uint8_t> o = read_view<uint8_t>(offsets);
     const View<T> y = write_view<T>(output);
+    const TapTable taps(call, x.strides[2], x.strides[3]);
     parallel_tasks(call.input_size[0] * channels, rows * cols, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t n = task / channels;
@@ -391,9 +462,10 @@ void run_gather(const Tensor& input, const Tensor& offsets, const PoolCall& call
         for (int64_t row = 0; row < rows; ++row) {
           for (int64_t col = 0; col < cols; ++col) *y.at(n, c, row, col) = static_cast<T>(0.0f);
         }
-        for_each_position(o.at(n, c, 0, 0), o.strides, tables, taps,
-                          [&](int64_t row, int64_t col, int64_t input_row, int64_t input_col)
-                              SPLITKERN_BODY { *y.at(n, c, row, col) = *x.at(n, c, input_row, input_col); });
+        const T* const plane = x.at(n, c, 0, 0);
+        for_each_position<false>(o.at(n, c, 0, 0), o.strides, tables, taps, x.strides[2], x.strides[3],
+                                 [&](int64_t row, int64_t col, int64_t distance)
+                                     SPLITKERN_BODY { *y.at(n, c, row, col) = plane[distance]; });
       }
     });
   });
