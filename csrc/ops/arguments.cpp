@@ -49,6 +49,12 @@ const char* name_of(ScalarType type) {
       return "bfloat16";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return torch::headeronly::toString(type);
   }
