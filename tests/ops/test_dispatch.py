@@ -103,6 +103,17 @@ def test_opcheck_of_out(name: str) -> None:
     torch.library.opcheck(overload(name, "out"), out_arguments(name, arguments), given)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fakes_have_the_shapes_types_and_strides_of_the_results(name: str, layout: str) -> None:
+    """opcheck does not compare strides."""
+    arguments = samples(layout)[name]
+    wanted = returned(name, arguments)
+    fakes = returned(name, tuple(value.to("meta") if isinstance(value, Tensor) else value for value in arguments))
+    for fake, tensor in zip(fakes, wanted, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
+
+
 def test_every_operator_of_the_library_is_sampled() -> None:
     defined = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("splitkern::")}
     assert defined == {f"splitkern::{name}" for name in NAMES}
