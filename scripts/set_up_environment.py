@@ -63,7 +63,12 @@ def set_up(folder: Path, requirements: list[str]) -> None:
         run([sys.executable, "-m", "venv", str(folder)])
         say("installing packages, torch among them: gigabytes, so this can take minutes")
     started = time.monotonic()
-    run([str(folder / "bin" / "python"), "-m", "pip", "install", *QUIET, *requirements])
+    try:
+        run([str(folder / "bin" / "python"), "-m", "pip", "install", *QUIET, *requirements])
+    except subprocess.CalledProcessError as error:
+        if error.returncode > 0:  # pip itself gave up, and has undone what it had begun
+            installing.unlink()
+        raise
     installing.unlink()
     say(f"{folder.name} is set up ({time.monotonic() - started:.0f} s)")
 
@@ -76,9 +81,7 @@ def run(command: list[str]) -> None:
     # Nothing of another environment, and nothing of the user's, may leak in.
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     environment["PYTHONNOUSERSITE"] = "1"
-    code = subprocess.run(command, env=environment).returncode
-    if code != 0:
-        sys.exit(f"set-up failed: {shlex.join(command)}")
+    subprocess.run(command, env=environment, check=True)
 
 
 def main() -> None:
@@ -92,7 +95,10 @@ def main() -> None:
     requirements = [*options.requirements, *requirements_from_project(options.extra, options.build_requirements)]
     with open(folder.with_name(folder.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits, then finds everything there
-        set_up(folder, requirements)
+        try:
+            set_up(folder, requirements)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"set-up failed: {shlex.join(error.cmd)}")
 
 
 if __name__ == "__main__":
