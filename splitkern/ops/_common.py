@@ -78,8 +78,6 @@ def fill_bounds(
 
 def call(overload: Any, check: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call an operator; if it fails for a reason that ``check`` knows, raise that instead."""
-    if torch.compiler.is_compiling():
-        return overload(*args, **kwargs)
     try:
         return overload(*args, **kwargs)
     except (RuntimeError, TypeError):

@@ -153,6 +153,26 @@ def test_gradcheck_and_gradgradcheck(activation: str, parameters: str) -> None:
     torch.autograd.gradgradcheck(applied, at)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_gradients_are_the_same_when_their_gradients_are_recorded(activation: str) -> None:
+    """gradgradcheck sees only the formulas that run then; here they meet the operators."""
+    x, w, b = (tensor.requires_grad_() for tensor in inputs_of(torch.float64))
+    bounds, g = BOUNDS["4x3_uneven"], make(SHAPE, seed=3)
+    mean = make((12, 4), seed=4).requires_grad_()
+    invstd = (make((12, 4), seed=5).abs() + 0.5).requires_grad_()
+    whole = ops.patch_batch_norm(x, w, b, **bounds, activation=activation).output
+    applied = ops.patch_batch_norm_apply(x, mean, invstd, w, b, **bounds, activation=activation)
+    statistics = torch.stack(ops.patch_batch_norm_stats(x, **bounds))
+    for output, leaves, grad in (
+        (whole, (x, w, b), g),
+        (applied, (x, mean, invstd, w, b), g),
+        (statistics, (x,), make((2, 12, 4), seed=6)),
+    ):
+        plain = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+        recorded = torch.autograd.grad(output, leaves, grad, create_graph=True)
+        torch.testing.assert_close(plain, tuple(tensor.detach() for tensor in recorded), rtol=1e-10, atol=1e-12)
+
+
 def test_gradcheck_of_the_statistics() -> None:
     x = make((2, 2, 5, 3)).requires_grad_()
     for pick in (lambda mean, m2: (mean, m2), lambda mean, m2: mean, lambda mean, m2: m2):
