@@ -2,6 +2,7 @@
 // torch's threads. Windows that lie inside their patch go eight at a time (NCHW: neighbouring outputs, NHWC:
 // neighbouring channels). Gradients add up in the row-major order of outputs, as ATen's do. Offsets come from the
 // caller, so one that points outside its patch is skipped.
+#include <bit>
 #include <limits>
 
 #include "ops/cpu/operators.h"
@@ -315,6 +316,27 @@ SPLITKERN_INLINE void for_each_position(const uint8_t* offsets, const Sizes& off
 
 // --- Backward --------------------------------------------------------------------------------------------------------
 
+// Eight stored offsets as integers of the elements' width. Spelt out for float, where GCC goes lane by lane otherwise.
+template <class Flags>
+SPLITKERN_INLINE Flags load_offsets(const uint8_t* from) {
+  if constexpr (sizeof(Flags) == kLanes * sizeof(int32_t) && std::endian::native == std::endian::little) {
+    using Bytes = uint8_t __attribute__((vector_size(16)));
+    using Words = uint16_t __attribute__((vector_size(16)));
+    Bytes bytes{};
+    std::memcpy(&bytes, from, kLanes);
+    const Words words = reinterpret_cast<Words>(
+        __builtin_shufflevector(bytes, Bytes{}, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    using Quad = int32_t __attribute__((vector_size(16)));
+    const Quad low = reinterpret_cast<Quad>(__builtin_shufflevector(words, Words{}, 0, 8, 1, 9, 2, 10, 3, 11));
+    const Quad high = reinterpret_cast<Quad>(__builtin_shufflevector(words, Words{}, 4, 12, 5, 13, 6, 14, 7, 15));
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    OffsetLanes stored;
+    std::memcpy(&stored, from, sizeof(stored));
+    return __builtin_convertvector(stored, Flags);
+  }
+}
+
 // One output that reads an input, by the distance of its first channel from the image's origin.
 struct Sender {
   int64_t gradient;
@@ -349,9 +371,7 @@ SPLITKERN_INLINE void gradient_row(const T* gradient, const Sizes& gradient_stri
         const uint8_t* const chosen_by = offsets + senders[s].offset + c;
         const Flags tap = Flags{} + static_cast<Flag>(senders[s].tap);
         for (int group = 0; group < kGroups; ++group) {
-          OffsetLanes stored;
-          std::memcpy(&stored, chosen_by + group * kLanes, sizeof(stored));
-          const Flags chosen = __builtin_convertvector(stored, Flags) == tap;
+          const Flags chosen = load_offsets<Flags>(chosen_by + group * kLanes) == tap;
           sums[group] += chosen ? load_lanes(from + group * kLanes) : Lanes<T>{};
         }
       }
