@@ -61,19 +61,19 @@ def plot_live_bytes(path: Path, curves: Sequence[Curve], *, title: str) -> None:
         axes.plot([at], [peak / MIB], marker="o", markersize=5, color=color, zorder=5)
         axes.axvline(curve.backward_ms, color=color, linewidth=1, linestyle="--", alpha=0.8)
         axes.annotate(
-            "backward",
-            (curve.backward_ms, 0.02),
+            f"backward, {curve.label}",
+            (curve.backward_ms, 0.985),
             xycoords=("data", "axes fraction"),
             xytext=(4, 0),
             textcoords="offset points",
             rotation=90,
-            va="bottom",
+            va="top",
             ha="left",
             fontsize=8,
             color=color,
         )
     axes.set_xlim(0, right * 1.01)
-    axes.set_ylim(0, top * 1.22)
+    axes.set_ylim(0, top * 1.35)
     axes.set_xlabel("time in one training step, ms (measured step, with the counting)")
     axes.set_ylabel("live activations and gradients of them, MiB")
     axes.set_title(title, loc="left", fontsize=11)

@@ -262,7 +262,8 @@ def _write(folder: Path, options: TrainOptions, results: dict[str, RunResult]) -
 def _table(results: dict[str, RunResult]) -> str:
     runs = list(results.values())
     rows = [
-        ["test accuracy", *(f"{run.accuracy[-1]:.2%}" for run in runs)],
+        ["test accuracy, evaluated unsplit", *(_percent(run.accuracy_unsplit) for run in runs)],
+        ["test accuracy, evaluated split", *(_percent(run.accuracy_split) for run in runs)],
         ["peak live bytes of a step", *(mib(run.peak_bytes) for run in runs)],
         ["  with parameter gradients", *(mib(run.total_peak_bytes) for run in runs)],
         ["  beside it: parameters", *(mib(run.parameter_bytes) for run in runs)],
@@ -270,12 +271,13 @@ def _table(results: dict[str, RunResult]) -> str:
         ["step time, median", *(f"{run.median_step_ms:.1f} ms" for run in runs)],
     ]
     if any(run.device_peak_bytes is not None for run in runs):
-        rows.insert(5, ["max_memory_allocated", *(mib(run.device_peak_bytes or 0) for run in runs)])
+        rows.insert(6, ["max_memory_allocated", *(mib(run.device_peak_bytes or 0) for run in runs)])
     header = ["", *results]
     if len(runs) == 2:
         header.append("split/unsplit")
         unsplit, split = runs
         ratios = [
+            "",
             "",
             f"{split.peak_bytes / unsplit.peak_bytes:.3f}",
             f"{split.total_peak_bytes / unsplit.total_peak_bytes:.3f}",
@@ -283,7 +285,11 @@ def _table(results: dict[str, RunResult]) -> str:
             "",
             f"{split.median_step_ms / unsplit.median_step_ms:.3f}",
         ]
-        if len(rows) == 7:
-            ratios.insert(5, f"{(split.device_peak_bytes or 0) / (unsplit.device_peak_bytes or 1):.3f}")
+        if len(rows) == 8:
+            ratios.insert(6, f"{(split.device_peak_bytes or 0) / (unsplit.device_peak_bytes or 1):.3f}")
         rows = [[*row, ratio] for row, ratio in zip(rows, ratios, strict=True)]
     return table(header, rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"

@@ -5,6 +5,7 @@ A run is a function of its options alone: the same options give the same weights
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import time
@@ -86,7 +87,9 @@ class RunResult:
     """What a run measured.
 
     Attributes:
-        accuracy: test accuracy after every epoch, 0 to 1.
+        accuracy: test accuracy after every epoch, 0 to 1, evaluated as `SplitOptions.evaluation` says.
+        accuracy_unsplit, accuracy_split: test accuracy at the end, with the network unsplit and with it split (None for
+            a model that isn't split).
         loss: mean training loss of every epoch.
         step_ms: duration of every training step but the measured one, in milliseconds.
         peak_bytes: peak live bytes of one training step, activations and their gradients.
@@ -98,6 +101,8 @@ class RunResult:
     """
 
     accuracy: list[float] = field(default_factory=list)
+    accuracy_unsplit: float | None = None
+    accuracy_split: float | None = None
     loss: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     peak_bytes: int = 0
@@ -118,7 +123,7 @@ class RunResult:
         """Everything but the timeline, for JSON."""
         values = dataclasses.asdict(self)
         del values["timeline"], values["step_ms"], values["backward_ms"]
-        return {**values, "test_accuracy": self.accuracy[-1], "median_step_ms": self.median_step_ms}
+        return {**values, "median_step_ms": self.median_step_ms}
 
 
 class Progress:
@@ -203,11 +208,8 @@ class _Run:
         model = build_model(options.model, class_count=data.class_count)
         self.model = model.to(self.device, memory_format=MEMORY_FORMATS[options.memory_format])  # type: ignore[call-overload]
         if options.split is not None:
-            from splitkern import split_
-
-            example = torch.zeros(2, 3, options.image_size, options.image_size, device=self.device)
             try:
-                split_(self.model, self._format(example), **options.split.keywords())
+                self._split(self.model, options.split)
             except (ValueError, TypeError) as error:
                 raise OptionsError(str(error)) from error
         # Splitting may draw; the runs with and without it shall draw the same from here on.
@@ -299,13 +301,36 @@ class _Run:
         return sum(losses) / max(1, len(losses))
 
     def evaluate(self) -> float:
-        self.model.eval()
+        """Test accuracy, with the network split or not as the options say."""
+        return self._accuracy(self.model)
+
+    def evaluate_at_the_end(self) -> None:
+        """Test accuracy of the trained weights in both networks, the split one and the unsplit one."""
+        self.result.accuracy_unsplit = self.result.accuracy[-1]
+        split = self.options.split
+        if split is None:
+            return
+        from splitkern import unsplit_
+
+        model = unsplit_(copy.deepcopy(self.model))
+        self.result.accuracy_unsplit = self._accuracy(model)
+        self._split(model, dataclasses.replace(split, evaluation="split"))
+        self.result.accuracy_split = self._accuracy(model)
+
+    def _split(self, model: nn.Module, split: SplitOptions) -> None:
+        from splitkern import split_
+
+        example = torch.zeros(2, 3, self.options.image_size, self.options.image_size, device=self.device)
+        split_(model, self._format(example), **split.keywords())
+
+    def _accuracy(self, model: nn.Module) -> float:
+        model.eval()
         right = count = 0
         with torch.inference_mode():
             for batch in self.data.test_batches(self.options.batch, workers=self.options.workers):
                 images, classes = self._to_device(batch)
                 with self._autocast():
-                    scores = self.model(images)
+                    scores = model(images)
                 right += int((scores.argmax(1) == classes).sum())
                 count += len(classes)
         return right / max(1, count)
@@ -393,6 +418,8 @@ def train(
         run.epoch += 1
         run.result.loss.append(loss)
         run.result.accuracy.append(accuracy)
+        if run.epoch == options.epochs:
+            run.evaluate_at_the_end()
         save_checkpoint(checkpoint, run.state())
         progress.epoch(run.epoch, loss, accuracy)
     progress.end()
