@@ -162,7 +162,7 @@ struct Sender {
 };
 
 // One row of inputs, all channels: every input adds what the outputs that read it send, row-major. `senders` is room
-// for as many as a window has positions.
+// for as many outputs as can read one input.
 template <class T>
 SPLITKERN_INLINE void gradient_row(const T* gradient, const Sizes& strides, int64_t channels,
                                    const std::vector<Reader>& rows, const std::vector<std::vector<Reader>>& cols,
@@ -228,7 +228,8 @@ void run_backward(const Tensor& grad_output, const PoolCall& call, const Tensor&
       const auto row_readers = tables.rows.readers();
       const auto col_readers = tables.cols.readers();
       parallel_tasks(images * height, channels * width * 4, [&](int64_t first, int64_t last) {
-        std::vector<Sender<T>> senders(tables.rows.kernel() * tables.cols.kernel());
+        std::vector<Sender<T>> senders(std::min(tables.rows.kernel(), tables.rows.outputs()) *
+                                       std::min(tables.cols.kernel(), tables.cols.outputs()));
         run_vectorised([&]() SPLITKERN_BODY {
           for (int64_t task = first; task < last; ++task) {
             const int64_t n = task / height;
