@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,19 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "splitkern": __version__,
     }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the package runs from, "-dirty" if changed; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return process.stdout.strip()
 
 
 def _processor() -> str:

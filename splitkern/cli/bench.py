@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     require("torchvision", "tqdm")
     import torch
 
-    from splitkern.benchmarks.common import machine
+    from splitkern.benchmarks.common import commit, machine
 
     try:
         device = torch.device(args.device)
@@ -61,7 +61,13 @@ def run(args: argparse.Namespace) -> int:
         measured = _live(args, device) if args.benchmark == "live" else _step(args, device)
     except (ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    record = {"benchmark": args.benchmark, "command": _command(args), "machine": machine(device), "results": measured}
+    record = {
+        "benchmark": args.benchmark,
+        "command": _command(args),
+        "commit": commit(),
+        "machine": machine(device),
+        "results": measured,
+    }
     text = json.dumps(record, indent=2)
     if args.save is not None:
         try:

@@ -63,7 +63,7 @@ class TrainOptions:
     model: str = "resnet18"
     data: str = "digits"
     image_size: int = 64
-    batch: int = 64
+    batch: int = 32
     epochs: int = 4
     lr: float = 0.05
     weight_decay: float = 5e-4

@@ -26,6 +26,7 @@ def test_live(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record == json.loads(path.read_text())
     assert record["machine"]["torch"] == torch.__version__
     assert "--grid 2x2" in record["command"]
+    assert record["commit"] is None or len(record["commit"]) >= 7
     (result,) = record["results"]
     unsplit, split = result["unsplit"], result["split"]
     join_bytes = 2 * 64 * 16 * 16 * 4
