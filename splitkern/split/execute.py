@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from splitkern.ops._common import is_channels_last
 from splitkern.split.autograd import (
     JoinPart,
     Recomputation,
@@ -95,6 +96,10 @@ class _Joined:
         value = self.owned(name, patch, value)
         self.view(name, patch, value, value.shape[1], value.dtype).copy_(value)
 
+    def copy_in_all(self, patch: tuple[int, int], values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.copy_in(name, patch, value)
+
     def owned(self, name: str, patch: tuple[int, int], value: Tensor) -> Tensor:
         """The part of a patch's value that the patch owns: less than all of it with a halo."""
         return _crop(value, self.layout.box(name, patch), self.layout.owned_box(name, patch))
@@ -104,10 +109,8 @@ class _Joined:
 
 
 def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """``torch.channels_last`` where the strides say so and not plain contiguous too."""
-    if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    """The memory format that operators give their outputs."""
+    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
 
 
 def _crop(
@@ -157,8 +160,10 @@ def _device_format(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def run_patches(region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Patch after patch through all layers; autograd keeps every patch's activations."""
+    """Patch after patch through all layers; autograd, where it records, keeps every patch's activations."""
     step = Step(parameters_of(region.operations), norm, inputs[0].device.type)
+    if not torch.is_grad_enabled():
+        return _write_patches(region, layout, step, _device_format(inputs), memory_format_of(inputs[0]))
     joined = _Joined(region, layout, memory_format_of(inputs[0]))
     cuts = _cut(region, layout, _device_format(inputs))
     tensors: list[Tensor] = []
@@ -205,7 +210,7 @@ def run_patches(region: Region, layout: Layout, norm: Norm | None, inputs: Seque
                 )
             )
     step.update_running_buffers()
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+    if not any(tensor.requires_grad for tensor in tensors):
         return joined.all()
     return join_patches(parts, joined.all(), tensors)
 
@@ -214,7 +219,7 @@ def _cut(region: Region, layout: Layout, inputs: Sequence[Tensor]) -> list[Seque
     cuts: list[Sequence[Tensor]] = []
     for name, tensor in zip(region.inputs, inputs, strict=True):
         boxes = [layout.box(name, patch) for patch in layout.patches]
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if tensor.requires_grad:
             cuts.append(cut_patches(tensor, boxes, layout.halo))
         else:
             cuts.append([view_of(tensor, box) for box in boxes])
@@ -260,6 +265,30 @@ def _run_patch(
     return {name: values[name] for name in region.outputs if name in values}
 
 
+def _write_patches(
+    region: Region,
+    layout: Layout,
+    step: Step,
+    images: Sequence[Tensor],
+    memory_format: torch.memory_format,
+    before_patch: Callable[[int], None] = lambda _: None,
+) -> list[Tensor]:
+    """All patches into fresh joined tensors, where autograd records nothing: nothing of a patch outlives it."""
+    joined = _Joined(region, layout, memory_format)
+
+    def write(index: int, patch: tuple[int, int], operation: Operation, read: Sequence[Tensor]) -> None:
+        channels, dtype = operation.output_like(step, read)
+        view = joined.view(operation.name, patch, read[0], channels, dtype)
+        operation.write(operation.differentiable(step, read), layout.patch_calls[patch][index], view)
+
+    for number, patch in enumerate(layout.patches):
+        before_patch(number)
+        views = [view_of(image, layout.box(name, patch)) for name, image in zip(region.inputs, images, strict=True)]
+        joined.copy_in_all(patch, _run_patch(region, layout, patch, step, views, write))
+    step.update_running_buffers()
+    return joined.all()
+
+
 def run_patches_recomputed(region: Region, layout: Layout, norm: Norm | None, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Patch after patch without keeping activations; backward recomputes one patch at a time."""
     device_type = inputs[0].device.type
@@ -280,20 +309,7 @@ def run_patches_recomputed(region: Region, layout: Layout, norm: Norm | None, in
         images: Sequence[Tensor], parameters: Sequence[Tensor], before_patch: Callable[[int], None]
     ) -> list[Tensor]:
         step = start(parameters, first_execution=True)
-        joined = _Joined(region, layout, memory_format)
-
-        def into(index: int, patch: tuple[int, int], operation: Operation, read: Sequence[Tensor]) -> None:
-            channels, dtype = operation.output_like(step, read)
-            view = joined.view(operation.name, patch, read[0], channels, dtype)
-            operation.write(operation.differentiable(step, read), layout.patch_calls[patch][index], view)
-
-        for number, patch in enumerate(layout.patches):
-            before_patch(number)
-            views = [view_of(image, layout.box(name, patch)) for name, image in zip(region.inputs, images, strict=True)]
-            for name, value in _run_patch(region, layout, patch, step, views, into).items():
-                joined.copy_in(name, patch, value)
-        step.update_running_buffers()
-        return joined.all()
+        return _write_patches(region, layout, step, images, memory_format, before_patch)
 
     def run_patch(number: int, images: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         patch = layout.patches[number]

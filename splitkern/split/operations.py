@@ -45,11 +45,6 @@ class CallGeometry:
     counted: tuple[Span, Span]
     owned: tuple[Span, Span] | None = None
 
-    @property
-    def whole(self) -> bool:
-        """Whether the call covers the whole image in one patch with the operation's own padding."""
-        return self.owned is None and len(self.out_rows) == 2 and len(self.out_cols) == 2
-
 
 @dataclass(frozen=True)
 class Operation:

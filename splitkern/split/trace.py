@@ -8,6 +8,7 @@ modules, with their hooks and their control flow.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -162,7 +163,17 @@ def _trace(
                 f"{type(model).__name__}.forward cannot be traced ({error}); its control flow "
                 f"must not depend on tensor values"
             ) from error
+    for node in list(graph.nodes):
+        # A constant argument leaves a placeholder and a check of its value behind; SplitForward checks it instead.
+        if node.op == "placeholder" and node.target not in inspect.signature(type(model).forward).parameters:
+            _erase(graph, node)
     return graph, tracer
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase(graph, user)
+    graph.erase_node(node)
 
 
 def build(model: nn.Module, constants: dict[str, Any], extent: Extent, training: bool) -> Program:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import splitkern as sk
+from splitkern.memory.live_bytes import LiveBytes
 
 from .models import Measured, ResNet, assert_close, vgg
 
@@ -218,6 +219,40 @@ def test_a_parametrized_weight_is_computed_from_its_parts(x: torch.Tensor) -> No
     plain = copy.deepcopy(model)
     sk.split_(model, x.double(), grid=(2, 2), until="0.3", boundary="halo", recompute=True)
     assert_close(Measured(model, x.double()), Measured(plain, x.double()), 1e-10)
+
+
+def test_optional_arguments_stay_at_their_defaults() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor, double: bool = False, scale: float | None = None) -> torch.Tensor:
+            x = self.conv(x)
+            if double:
+                x = 2 * x
+            return self.head(x if scale is None else scale * x)
+
+    model, x = Optional(), torch.randn(2, 3, 8, 8)
+    plain = copy.deepcopy(model)
+    sk.split_(model, x, grid=(2, 2), until="conv", boundary="halo")
+    assert_close(Measured(model, x), Measured(plain, x), 1e-5)
+    assert torch.allclose(model(x=x, double=False), plain(x), atol=1e-6)
+    with pytest.raises(ValueError, match="double must stay at False, with which the model was split, got True"):
+        model(x, double=True)
+
+
+@pytest.mark.parametrize("last", [nn.MaxPool2d(2), nn.Sigmoid()], ids=["written", "copied"])
+def test_without_gradients_nothing_of_a_patch_outlives_it(last: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), last)
+    x = torch.randn(2, 3, 32, 32)
+    sk.split_(model, x, grid=(4, 4), until="1", evaluation="split").eval()
+    with torch.no_grad(), LiveBytes(exclude=[x, *model.parameters()]) as live:
+        output = model(x)
+    convolved = 2 * 16 * 32 * 32 * 4
+    # The join, and one patch of what lies before it with its result, not all of them.
+    assert live.peak_bytes <= output.nbytes + 2.5 * convolved / 16
 
 
 @pytest.mark.parametrize("depth", [0.2, 0.5, 0.75, 1.0])
