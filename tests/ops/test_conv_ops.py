@@ -110,6 +110,24 @@ def test_a_blind_window_gives_the_bias() -> None:
     assert torch.equal(came[0, :, 5, 5], b)  # row 5 of patch 0, which holds input row 0 alone
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", FORMATS)
+def test_windows_wholly_in_the_padding(dtype: torch.dtype, layout: str) -> None:
+    """oneDNN crashed on such windows, with padding at or above the effective kernel, when given the padding itself."""
+    x, w = make((2, 6, 12, 1), dtype, layout, seed=1), make((6, 2, 4, 1), dtype, "nchw", seed=2)
+    options = {"stride": (2, 3), "padding": (3, 2), "dilation": (1, 2), "groups": 3}
+    came = ops.patch_conv2d(x, w, **options)
+    exact = reference.patch_conv2d(x.double(), w.double(), **options)
+    assert came.shape == exact.shape == (2, 6, 8, 2)
+    assert_accurate(came, exact, exact.to(dtype), reduction=8)
+
+    for kernel in (1, 2):
+        w = make((6, 6, kernel, kernel), dtype, "nchw", seed=3)
+        came = ops.patch_conv2d(x, w, padding=3)
+        exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=3)
+        assert_accurate(came, exact, exact.to(dtype), reduction=6 * kernel**2)
+
+
 def test_nan_in_another_patch_does_not_leak() -> None:
     x, w = make((1, 2, 8, 8)), make((3, 2, 3, 3), seed=1)
     x[:, :, 4:] = float("nan")
