@@ -53,6 +53,7 @@ struct ConvForwardParams {
   int32_t out_channels_per_group;
   bool relu;
   bool channels_fastest;  // neighbouring threads take neighbouring channels, else columns
+  bool allow_tf32;        // fp32 operands may be rounded to tf32
   WindowAxis row_window;
   WindowAxis column_window;
   PatchGrid grid;
@@ -74,6 +75,7 @@ struct ConvInputGradParams {
   int32_t in_channels_per_group;
   int32_t out_channels_per_group;
   bool channels_fastest;
+  bool allow_tf32;
   WindowAxis row_window;
   WindowAxis column_window;
   PatchGrid grid;
@@ -98,14 +100,18 @@ struct ConvWeightGradParams {
   int32_t out_channels_per_group;
   int32_t first_segment;
   int32_t segments;
+  bool accumulate;  // add to what output holds
+  bool allow_tf32;
   WindowAxis row_window;
   WindowAxis column_window;
   PatchGrid grid;
   Strides4 grad_output_strides;
   Strides4 input_strides;
+  Strides4 output_strides;
   const void* grad_output;
   const void* input;
-  void* partial_sums;
+  void* partial_sums;  // of the plain path; the others bring their own workspace
+  void* output;
 };
 
 // Stage two: adds the segments of one weight element in ascending order.
