@@ -6,9 +6,11 @@ first: the library finds torch's symbols in the process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,3 +95,31 @@ def build_info() -> BuildInfo:
         True
     """
     return load()
+
+
+@contextlib.contextmanager
+def forced_path(name: str, library: Path | None = None) -> Iterator[None]:
+    """Makes every CUDA convolution inside the block take one path; a call that the path refuses raises RuntimeError.
+
+    For tests and benchmarks. It holds for the whole process, so blocks of different threads must not overlap.
+
+    Args:
+        name: "plain", "depthwise", "first_layer", "sm80", "sm90", or "" for the automatic choice.
+        library: another file that holds the kernels (the tests have one that runs them on the CPU); this package's
+            library unless given.
+
+    Raises:
+        ValueError: no path has that name.
+        RuntimeError: the library was built without the CUDA kernels.
+    """
+    path = Path(build_info().library) if library is None else library
+    try:
+        force = ctypes.CDLL(str(path)).splitkern_force_path
+    except AttributeError:
+        raise RuntimeError(f"splitkern: {path} was built without the CUDA kernels, so no path can be forced") from None
+    if force(name.encode()) != 0:
+        raise ValueError(f"splitkern: path must be plain, depthwise, first_layer, sm80 or sm90, got {name!r}")
+    try:
+        yield
+    finally:
+        force(None)
