@@ -19,6 +19,7 @@ import torch
 from splitkern._version import __version__
 
 _LIBRARY = Path(__file__).with_name("_ops.so")
+_Tf32Query = ctypes.CFUNCTYPE(ctypes.c_int32)
 _REBUILD = "rebuild it with `make build` in the source tree, or `pip install --no-build-isolation .`"
 
 
@@ -77,10 +78,26 @@ def _load(path: Path) -> BuildInfo:
     )
 
 
+def _allows_tf32() -> int:
+    """Whether PyTorch lets fp32 convolutions round to tf32, however that was set (`torch.backends`, old or new names).
+
+    The library asks at each fp32 convolution on CUDA; the stable ABI shows it no setting of PyTorch's.
+    """
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch replaces the module by an object
+    return int(conv.fp32_precision == "tf32")
+
+
+_tf32_query = _Tf32Query(_allows_tf32)  # the library keeps its address, so it lives as long as the process
+
+
 @functools.cache
 def load() -> BuildInfo:
     """Loads the library, once, and returns what it says of itself; ImportError names the file and the reason."""
-    return _load(_LIBRARY)
+    info = _load(_LIBRARY)
+    register = getattr(ctypes.CDLL(info.library), "splitkern_set_tf32_query", None)
+    if register is not None:  # a CPU-only build has no kernels that could ask
+        register(_tf32_query)
+    return info
 
 
 def build_info() -> BuildInfo:

@@ -91,7 +91,7 @@ def test_needs_no_python_and_no_cuda_library():
 
 
 def test_exports_what_python_calls_and_nothing_else():
-    with_kernels = {"splitkern_force_path"} if WITH_CUDA else set()
+    with_kernels = {"splitkern_force_path", "splitkern_set_tf32_query"} if WITH_CUDA else set()
     assert exported_functions(LIBRARY) == {"splitkern_build_info"} | with_kernels
 
 

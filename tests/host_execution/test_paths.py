@@ -39,6 +39,6 @@ def test_a_forced_path_that_refuses_raises_and_is_forgotten_afterwards(
 
 
 def test_an_unknown_path_is_refused(host_library: Path) -> None:
-    with pytest.raises(ValueError, match="path must be plain, depthwise, first_layer, sm80 or sm90, got 'sm70'"):
-        with forced_path("sm70", host_library):
-            pass
+    rule = "path must be plain, depthwise, first_layer, sm80 or sm90, got 'sm70'"
+    with pytest.raises(ValueError, match=rule), forced_path("sm70", host_library):
+        pass

@@ -5,6 +5,7 @@
 #include "describe.h"
 #include "device_scope.h"
 #include "kernels/conv_paths.h"
+#include "tf32.h"
 
 namespace splitkern::cuda {
 
@@ -29,6 +30,7 @@ void run_forward(const Tensor& input, const Tensor& weight, const OptionalTensor
   const DeviceScope device(input);
   kernels::ConvForwardParams params{};
   params.type = element_type(kOperator, input);
+  params.allow_tf32 = allows_tf32(params.type);
   params.batch = to_int32(kOperator, "the batch", output.size(0));
   params.out_channels = to_int32(kOperator, "out_channels", output.size(1));
   params.in_channels_per_group = to_int32(kOperator, "in_channels", weight.size(1));
@@ -56,6 +58,7 @@ void run_input_grad(const Tensor& grad_output, const Tensor& weight, const ConvC
   const DeviceScope device(grad_output);
   kernels::ConvInputGradParams params{};
   params.type = element_type(kOperator, grad_output);
+  params.allow_tf32 = allows_tf32(params.type);
   params.batch = to_int32(kOperator, "the batch", output.size(0));
   params.in_channels = to_int32(kOperator, "in_channels", output.size(1));
   params.in_channels_per_group = to_int32(kOperator, "in_channels", weight.size(1));
@@ -83,6 +86,7 @@ void run_weight_grad(const Tensor& grad_output, const Tensor& input, const ConvC
 
   kernels::ConvWeightGradParams params{};
   params.type = element_type(kOperator, grad_output);
+  params.allow_tf32 = allows_tf32(params.type);
   params.batch = to_int32(kOperator, "the batch", grad_output.size(0));
   params.out_channels = to_int32(kOperator, "out_channels", output.size(0));
   params.in_channels_per_group = to_int32(kOperator, "in_channels", output.size(1));
