@@ -39,13 +39,6 @@ constexpr PathName kNames[] = {{Path::kPlain, "plain"},
                                {Path::kSm80, "sm80"},
                                {Path::kSm90, "sm90"}};
 
-const char* name_of(Path path) {
-  for (const PathName& entry : kNames) {
-    if (entry.path == path) return entry.name;
-  }
-  throw std::logic_error("splitkern: a path without a name");
-}
-
 template <class Params>
 struct Candidate {
   Path path;
@@ -139,6 +132,13 @@ void launch_chosen(const PathChoice& choice, const Params& params, const DeviceT
 
 }  // namespace
 
+const char* name_of(Path path) {
+  for (const PathName& entry : kNames) {
+    if (entry.path == path) return entry.name;
+  }
+  throw std::logic_error("splitkern: a path without a name");
+}
+
 PathChoice choose_path(const ConvForwardParams& params, const DeviceTraits& traits) {
   return choose(params, traits, {});
 }
@@ -179,6 +179,18 @@ void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, s
 }
 
 }  // namespace splitkern::kernels
+
+extern "C" const char* splitkern_conv_paths() {
+  using namespace splitkern::kernels;
+  static const std::string names = [] {
+    std::string text;
+    for (const auto& candidate : kCandidates<ConvForwardParams>) {
+      text += (text.empty() ? "" : " ") + std::string(name_of(candidate.path));
+    }
+    return text;
+  }();
+  return names.c_str();
+}
 
 extern "C" int splitkern_force_path(const char* name) {
   using namespace splitkern::kernels;
