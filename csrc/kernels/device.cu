@@ -9,7 +9,7 @@
 
 namespace splitkern::kernels {
 
-#ifndef SPLITKERN_HOST_EXECUTION
+#ifndef SPLITKERN_HOST_EXECUTION  // else csrc/host_execution/device.cpp
 void use_device(int device_index) {
   check_cuda(cudaSetDevice(device_index), "splitkern: selecting the device");
 }
@@ -31,12 +31,6 @@ DeviceTraits device_traits() {
       attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   known.emplace(device, traits);
   return traits;
-}
-#else
-void use_device(int) {}
-
-DeviceTraits device_traits() {
-  return {90, 132, 232448};
 }
 #endif
 
