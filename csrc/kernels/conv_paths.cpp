@@ -15,7 +15,7 @@
 #include "first_layer/conv.h"
 #define SPLITKERN_HAS_FIRST_LAYER
 #endif
-#if __has_include("sm90/conv.h")
+#if __has_include("sm90/conv.h") && !defined(SPLITKERN_WITHOUT_SM90)
 #include "sm90/conv.h"
 #define SPLITKERN_HAS_SM90
 #endif
