@@ -18,8 +18,7 @@ struct GatherShared {
   };
   struct Source {
     int64_t offset_bytes;  // of the pixel under tap 0, inside the tensor or not
-    uint32_t row_taps;     // bit t: row tap t stays in the patch
-    uint32_t column_taps;
+    uint32_t taps;         // bit t: row tap t stays in the patch; bit 16 + t: column tap t does
   };
   // A warp's share of the output passes through its scratch in slices of at most 128 bytes per pixel.
   static constexpr int32_t kSliceColumns = Tile::kWarpColumns * sizeof(typename Tile::T) <= 128
@@ -42,8 +41,7 @@ struct GatherPixel {
   bool exists;
   int64_t source_offset;  // elements
   int64_t destination_offset;
-  uint32_t row_taps;
-  uint32_t column_taps;
+  uint32_t taps;  // as in GatherShared
 };
 
 // Which of the taps at position + t * step, t = 0 .. taps - 1, lie in [begin, end).
@@ -75,22 +73,14 @@ SPLITKERN_DEVICE GatherPixel gather_pixel(const GatherParams& params, const Gath
   const AxisPatches& column_patches = params.grid.columns;
   const int32_t row_patch = find_patch(row_patches.out_bounds, row_patches.patches, row);
   const int32_t column_patch = find_patch(column_patches.out_bounds, column_patches.patches, column);
-  pixel.row_taps = taps_in_patch(source_row, params.rows.source_tap, rows.taps, row_patches.in_bounds[row_patch],
-                                 row_patches.in_bounds[row_patch + 1]);
-  pixel.column_taps = taps_in_patch(source_column, params.columns.source_tap, columns.taps,
-                                    column_patches.in_bounds[column_patch], column_patches.in_bounds[column_patch + 1]);
-  if (!pixel.exists) pixel.row_taps = 0;
+  const uint32_t row_taps = taps_in_patch(source_row, params.rows.source_tap, rows.taps,
+                                          row_patches.in_bounds[row_patch], row_patches.in_bounds[row_patch + 1]);
+  const uint32_t column_taps =
+      taps_in_patch(source_column, params.columns.source_tap, columns.taps, column_patches.in_bounds[column_patch],
+                    column_patches.in_bounds[column_patch + 1]);
+  pixel.taps = pixel.exists ? row_taps | column_taps << kMaxTaps : 0;
   return pixel;
 }
-
-// Where in the reduction the next stage begins: channels fastest, then column taps, then row taps.
-struct GatherCursor {
-  int32_t row_tap;
-  int32_t column_tap;
-  int32_t channel_bytes;
-  int32_t weight_bytes;  // from the first tap of any class
-  int64_t source_bytes;  // from tap 0
-};
 
 template <class Tile>
 __global__ void gather_kernel(const __grid_constant__ GatherParams params) {
@@ -122,78 +112,95 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams params) {
   // One thread works out a pixel; the four that copy its vectors take the result from shared memory.
   if (thread < Tile::kRows) {
     const GatherPixel pixel = gather_pixel(params, rows, columns, first_pixel + thread);
-    shared.sources[thread] = {pixel.source_offset * kElementBytes, pixel.row_taps, pixel.column_taps};
+    shared.sources[thread] = {pixel.source_offset * kElementBytes, pixel.taps};
   }
   block_barrier();
   const int32_t vector = thread % kStageVectors;
   const int32_t first_row = thread / kStageVectors;
   int64_t source_offsets[kSourcePasses];
-  uint32_t row_taps[kSourcePasses];
-  uint32_t column_taps[kSourcePasses];
+  uint32_t taps[kSourcePasses];
 #pragma unroll
   for (int32_t i = 0; i < kSourcePasses; ++i) {
     const typename Shared::Source& source = shared.sources[first_row + i * kRowsPerPass];
-    source_offsets[i] = source.offset_bytes + vector * kVectorBytes;
-    row_taps[i] = source.row_taps;
-    column_taps[i] = source.column_taps;
+    source_offsets[i] = source.offset_bytes;
+    taps[i] = source.taps;
   }
   block_barrier();
 
-  const int32_t source_channel_bytes = params.source_channels * kElementBytes;
-  const unsigned char* source =
-      static_cast<const unsigned char*>(params.source) + static_cast<int64_t>(group) * source_channel_bytes;
-  const int64_t weight_row_bytes = static_cast<int64_t>(params.weight_taps) * source_channel_bytes;
+  const int32_t channel_bytes = params.source_channels * kElementBytes;
+  const unsigned char* source = static_cast<const unsigned char*>(params.source) +
+                                static_cast<int64_t>(group) * channel_bytes + vector * kVectorBytes;
+  const int32_t weight_row_bytes = params.weight_taps * channel_bytes;
   const unsigned char* weights =
       static_cast<const unsigned char*>(params.weights) +
-      (static_cast<int64_t>(group) * params.destination_channels + first_channel + first_row) * weight_row_bytes +
-      vector * kVectorBytes;
-  const int32_t weight_rows = params.destination_channels - first_channel - first_row;
+      (static_cast<int64_t>(group) * params.destination_channels + first_channel) * weight_row_bytes +
+      (rows.weight_first * params.kernel_columns + columns.weight_first) * channel_bytes + vector * kVectorBytes;
+  int32_t weight_offsets[kWeightPasses];
+#pragma unroll
+  for (int32_t i = 0; i < kWeightPasses; ++i) {
+    // Channels behind the last one repeat it: their sums are not stored.
+    const int32_t row = first_row + i * kRowsPerPass;
+    const int32_t last_row = params.destination_channels - first_channel - 1;
+    weight_offsets[i] = (row < last_row ? row : last_row) * weight_row_bytes;
+  }
 
+  // The reduction: channels fastest, then the class's column taps, then its row taps. Each thread's pixels are
+  // looked at once per tap, and then only stepped along their channels.
   const int64_t source_column_bytes = params.columns.source_tap * params.source_strides.column * kElementBytes;
-  const int64_t source_row_bytes =
-      params.rows.source_tap * params.source_strides.row * kElementBytes - columns.taps * source_column_bytes;
-  const int32_t weight_column_bytes = params.columns.weight_step * source_channel_bytes;
+  const int64_t source_row_bytes = params.rows.source_tap * params.source_strides.row * kElementBytes;
+  const int32_t weight_column_bytes = params.columns.weight_step * channel_bytes;
   const int32_t weight_row_step_bytes =
-      params.rows.weight_step * params.kernel_columns * source_channel_bytes - columns.taps * weight_column_bytes;
-  const int32_t stages = rows.taps * columns.taps * ((source_channel_bytes + kStageBytes - 1) / kStageBytes);
-
-  GatherCursor cursor{};
-  cursor.weight_bytes = (rows.weight_first * params.kernel_columns + columns.weight_first) * source_channel_bytes;
+      params.rows.weight_step * params.kernel_columns * channel_bytes - columns.taps * weight_column_bytes;
+  const int32_t stages = rows.taps * columns.taps * ((channel_bytes + kStageBytes - 1) / kStageBytes);
+  int32_t row_tap = 0;
+  int32_t column_tap = 0;
+  int64_t tap_bytes = 0;
+  int32_t channel = 0;  // bytes
+  int64_t pixel_offsets[kSourcePasses];
+  uint32_t pixels_valid = 0;
+  const auto enter_tap = [&]() {
+    const uint32_t tap_bits = 1u << row_tap | 0x10000u << column_tap;
+    pixels_valid = 0;
+#pragma unroll
+    for (int32_t i = 0; i < kSourcePasses; ++i) {
+      const bool valid = (taps[i] & tap_bits) == tap_bits;
+      pixel_offsets[i] = valid ? source_offsets[i] + tap_bytes : 0;
+      pixels_valid |= valid ? 1u << i : 0u;
+    }
+  };
+  enter_tap();
+  const int32_t copy_offset = stage_offset(first_row, vector);  // passes are whole permutations apart
+  static_assert(kRowsPerPass % 8 == 0);
   int32_t unissued = stages;
   int32_t write_stage = 0;
   const auto issue = [&]() {
     if (unissued > 0) {
       --unissued;
       typename Shared::Stage& stage = shared.stages[write_stage];
-      const bool channel_exists = cursor.channel_bytes + vector * kVectorBytes < source_channel_bytes;
+      const bool channel_exists = channel + vector * kVectorBytes < channel_bytes;
 #pragma unroll
       for (int32_t i = 0; i < kSourcePasses; ++i) {
-        const bool valid =
-            channel_exists && ((row_taps[i] >> cursor.row_tap) & (column_taps[i] >> cursor.column_tap) & 1u) != 0;
-        const int64_t offset = valid ? source_offsets[i] + cursor.source_bytes : 0;
-        copy_async<kVectorBytes>(stage.source + stage_offset(first_row + i * kRowsPerPass, vector), source + offset,
-                                 valid);
+        copy_async<kVectorBytes>(stage.source + copy_offset + i * kRowsPerPass * kStageBytes,
+                                 source + pixel_offsets[i] + channel,
+                                 channel_exists && (pixels_valid & (1u << i)) != 0);
       }
 #pragma unroll
       for (int32_t i = 0; i < kWeightPasses; ++i) {
-        const bool valid = channel_exists && i * kRowsPerPass < weight_rows;
-        const unsigned char* from = weights + i * kRowsPerPass * weight_row_bytes + cursor.weight_bytes;
-        copy_async<kVectorBytes>(stage.weights + stage_offset(first_row + i * kRowsPerPass, vector),
-                                 valid ? from : static_cast<const unsigned char*>(params.weights), valid);
+        copy_async<kVectorBytes>(stage.weights + copy_offset + i * kRowsPerPass * kStageBytes,
+                                 weights + weight_offsets[i] + channel, channel_exists);
       }
-      cursor.channel_bytes += kStageBytes;
-      cursor.source_bytes += kStageBytes;
-      cursor.weight_bytes += kStageBytes;
-      if (cursor.channel_bytes >= source_channel_bytes) {
-        cursor.source_bytes += source_column_bytes - cursor.channel_bytes;
-        cursor.weight_bytes += weight_column_bytes - cursor.channel_bytes;
-        cursor.channel_bytes = 0;
-        if (++cursor.column_tap == columns.taps) {
-          cursor.column_tap = 0;
-          ++cursor.row_tap;
-          cursor.source_bytes += source_row_bytes;
-          cursor.weight_bytes += weight_row_step_bytes;
+      channel += kStageBytes;
+      if (channel >= channel_bytes) {
+        channel = 0;
+        weights += weight_column_bytes;
+        tap_bytes += source_column_bytes;
+        if (++column_tap == columns.taps) {
+          column_tap = 0;
+          ++row_tap;
+          tap_bytes = row_tap * source_row_bytes;
+          weights += weight_row_step_bytes;
         }
+        enter_tap();
       }
     }
     copy_async_commit();  // empty groups keep the count of copy_async_wait right to the end

@@ -234,8 +234,9 @@ std::string refuse_sizes(int64_t batch, int64_t rows, int64_t columns, const Rep
   constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
   const int64_t tiles = ceil_divide(batch * rows * columns, 64) * ceil_divide(weights.rows, 64);
   if (tiles > kMaxBlocks || elements(weights) > kMaxBlocks) return "the call has more tiles than a launch has blocks";
+  constexpr int64_t kMaxRowElements = 1 << 22;  // a tile's rows then stay within 2^31 bytes
   const int64_t row_elements = static_cast<int64_t>(weights.kernel_rows) * weights.kernel_columns * weights.columns;
-  if (row_elements * 4 > kMaxBlocks) return "the weights of one channel pass 2^31 bytes";
+  if (row_elements >= kMaxRowElements) return "the weights of one channel pass 2^22 elements";
   constexpr int64_t kMaxGroups = 65535;
   if (weights.groups > kMaxGroups) return "there are more than 65535 groups";
   return {};
