@@ -38,8 +38,7 @@ int64_t pixel_groups(const ConvWeightGradParams& params) {
 // multiprocessors alone, so that a device always adds in the same order.
 WeightGradSchedule schedule(const ConvWeightGradParams& params, const DeviceTraits& device) {
   const int64_t groups = pixel_groups(params);
-  const int64_t columns =
-      params.in_channels_per_group * params.row_window.kernel * params.column_window.kernel;
+  const int64_t columns = params.in_channels_per_group * params.row_window.kernel * params.column_window.kernel;
   const double partial_cost =
       2.0 * kMultiplicationsPerPartial * static_cast<double>(weight_elements(params)) / device.multiprocessors;
   WeightGradSchedule best{TileSize::k128x128, 1};
@@ -63,10 +62,8 @@ WeightGradSchedule schedule(const ConvWeightGradParams& params, const DeviceTrai
 
 template <class Tile>
 void launch_tile(const ConvWeightGradParams& params, cudaStream_t stream) {
-  const int64_t columns =
-      params.in_channels_per_group * params.row_window.kernel * params.column_window.kernel;
-  const int64_t tiles =
-      ceil_divide(params.out_channels_per_group, Tile::kRows) * ceil_divide(columns, Tile::kColumns);
+  const int64_t columns = params.in_channels_per_group * params.row_window.kernel * params.column_window.kernel;
+  const int64_t tiles = ceil_divide(params.out_channels_per_group, Tile::kRows) * ceil_divide(columns, Tile::kColumns);
   const Dim3 grid{static_cast<unsigned>(tiles), static_cast<unsigned>(params.segments),
                   static_cast<unsigned>(params.out_channels / params.out_channels_per_group)};
   static_assert(sizeof(WeightGradShared<Tile>) <= kSharedBytes);
@@ -111,8 +108,7 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& devi
                     rows.out_bounds[rows.patches] - 1, columns.out_bounds[columns.patches] - 1),
       refuse_layout("the input", params.input_strides, params.input, params.type, params.batch - 1,
                     rows.in_bounds[rows.patches] - 1, columns.in_bounds[columns.patches] - 1),
-      refuse_positions(params.row_window, rows), refuse_positions(params.column_window, columns),
-      refuse_sizes(params));
+      refuse_positions(params.row_window, rows), refuse_positions(params.column_window, columns), refuse_sizes(params));
 }
 
 int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& device) {

@@ -71,53 +71,65 @@ SPLITKERN_DEVICE int32_t pixel_row_offset(int32_t pixel, int32_t vector) {
   return pixel * kRowBytes + (vector ^ permutation) * kVectorBytes;
 }
 
-// One element for a tf32 fragment: a matrix of 32-bit elements cannot be transposed on its way to the registers.
+// Where a lane finds its vectors of a warp's channels: pair j of vectors, of the four in 128 bytes, starts at
+// offsets[j], later ones whole rows of banks further. Vector numbers meet in the permutation bit by bit.
+struct LaneOffsets {
+  int32_t offsets[4];
+  SPLITKERN_DEVICE int32_t of(int32_t vector_pair) const { return offsets[vector_pair % 4] + vector_pair / 4 * 128; }
+};
+
 template <class Tile, int32_t kChannels>
-SPLITKERN_DEVICE uint32_t load_tf32(const unsigned char* operand, int32_t pixel, int32_t channel) {
-  const unsigned char* vector = operand + pixel_row_offset<Tile, kChannels>(pixel, channel / 4);
-  return to_tf32(reinterpret_cast<const float*>(vector)[channel % 4]);
+SPLITKERN_DEVICE LaneOffsets lane_offsets(int32_t pixel, int32_t warp_channel, int32_t lane_vector) {
+  const int32_t warp_vector = warp_channel / Tile::kVectorElements;
+  LaneOffsets lane;
+#pragma unroll
+  for (int32_t j = 0; j < 4; ++j) {
+    lane.offsets[j] = pixel_row_offset<Tile, kChannels>(pixel, (warp_vector | lane_vector) ^ (2 * j));
+  }
+  return lane;
 }
 
 // Fragments of one step; `row` and `column` are the warp's first within the tile.
 template <class Tile>
 SPLITKERN_DEVICE void load_fragments_transposed(Fragments<Tile>& fragments, const unsigned char* grad_output,
-                                                const unsigned char* input, int32_t row, int32_t column,
-                                                int32_t step) {
+                                                const unsigned char* input, int32_t row, int32_t column, int32_t step) {
+  constexpr int32_t kGradRowBytes = Tile::kRows * static_cast<int32_t>(sizeof(typename Tile::T));
+  constexpr int32_t kInputRowBytes = Tile::kColumns * static_cast<int32_t>(sizeof(typename Tile::T));
   const int32_t lane = static_cast<int32_t>(lane_index());
   if constexpr (Tile::kTf32) {
-    const int32_t pixel = step * 8 + lane % 4;
+    // Element by element: a matrix of 32-bit elements cannot be transposed on its way to the registers.
+    const int32_t pixel = lane % 4;
+    const int32_t byte = lane / 4 % 4 * 4;
+    const LaneOffsets a = lane_offsets<Tile, Tile::kRows>(pixel, row, lane / 16);
+    const LaneOffsets b = lane_offsets<Tile, Tile::kColumns>(pixel, column, lane / 16);
+    const auto load = [](const unsigned char* address) { return to_tf32(*reinterpret_cast<const float*>(address)); };
 #pragma unroll
     for (int32_t i = 0; i < Tile::kRowBlocks; ++i) {
-      const int32_t channel = row + i * 16 + lane / 4;
 #pragma unroll
       for (int32_t k = 0; k < 4; ++k) {
-        fragments.a[i][k] = load_tf32<Tile, Tile::kRows>(grad_output, pixel + k / 2 * 4, channel + k % 2 * 8);
+        fragments.a[i][k] = load(grad_output + a.of(i * 2 + k % 2) + (step * 8 + k / 2 * 4) * kGradRowBytes + byte);
       }
     }
 #pragma unroll
     for (int32_t j = 0; j < Tile::kColumnBlocks; ++j) {
-      const int32_t channel = column + j * 8 + lane / 4;
 #pragma unroll
       for (int32_t k = 0; k < 2; ++k) {
-        fragments.b[j][k] = load_tf32<Tile, Tile::kColumns>(input, pixel + k * 4, channel);
+        fragments.b[j][k] = load(input + b.of(j) + (step * 8 + k * 4) * kInputRowBytes + byte);
       }
     }
   } else {
     const int32_t low_bit = (lane >> 3) & 1;
     const int32_t high_bit = lane >> 4;
-    const int32_t pixel = step * 16 + (lane & 7);
+    const LaneOffsets a = lane_offsets<Tile, Tile::kRows>((lane & 7) + high_bit * 8, row, low_bit);
+    const LaneOffsets b = lane_offsets<Tile, Tile::kColumns>((lane & 7) + low_bit * 8, column, high_bit);
 #pragma unroll
     for (int32_t i = 0; i < Tile::kRowBlocks; ++i) {
-      const int32_t vector = (row + i * 16) / Tile::kVectorElements + low_bit;
-      load_matrix_x4_transposed(
-          fragments.a[i], grad_output + pixel_row_offset<Tile, Tile::kRows>(pixel + high_bit * 8, vector));
+      load_matrix_x4_transposed(fragments.a[i], grad_output + a.of(i) + step * 16 * kGradRowBytes);
     }
 #pragma unroll
     for (int32_t j = 0; j < Tile::kColumnBlocks; j += 2) {
-      const int32_t vector = (column + j * 8) / Tile::kVectorElements + high_bit;
       uint32_t pair[4];
-      load_matrix_x4_transposed(pair,
-                                input + pixel_row_offset<Tile, Tile::kColumns>(pixel + low_bit * 8, vector));
+      load_matrix_x4_transposed(pair, input + b.of(j / 2) + step * 16 * kInputRowBytes);
 #pragma unroll
       for (int32_t k = 0; k < 4; ++k) fragments.b[j + k / 2][k % 2] = pair[k];
     }
@@ -163,8 +175,7 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
   const bool grad_channel_exists = grad_channel < params.out_channels_per_group;
   const unsigned char* grad_output =
       static_cast<const unsigned char*>(params.grad_output) +
-      (grad_channel_exists ? (static_cast<int64_t>(group) * params.out_channels_per_group + grad_channel) * kElementBytes
-                           : 0);
+      (static_cast<int64_t>(group) * params.out_channels_per_group + grad_channel) * kElementBytes;
   const int32_t input_vector = thread % kColumnVectors;
   const int32_t weight_column = first_column + input_vector * Tile::kVectorElements;
   const bool weight_column_exists = weight_column < weight_columns;
@@ -172,11 +183,10 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
   const int32_t tap_row = tap / kernel_columns * static_cast<int32_t>(params.row_window.dilation);
   const int32_t tap_column = tap % kernel_columns * static_cast<int32_t>(params.column_window.dilation);
   const int32_t input_channel = weight_column_exists ? weight_column - tap * params.in_channels_per_group : 0;
-  const unsigned char* input =
-      static_cast<const unsigned char*>(params.input) +
-      (static_cast<int64_t>(group) * params.in_channels_per_group + input_channel) * kElementBytes;
-  const int64_t tap_bytes =
-      (tap_row * params.input_strides.row + tap_column * params.input_strides.column) * kElementBytes;
+  const unsigned char* input = static_cast<const unsigned char*>(params.input) +
+                               (static_cast<int64_t>(group) * params.in_channels_per_group + input_channel +
+                                tap_row * params.input_strides.row + tap_column * params.input_strides.column) *
+                                   kElementBytes;
 
   // Shares are whole groups of pixels, linear over (image, row, column) of the call's output.
   const Region region = output_region(params.grid, params.batch, 1);
@@ -203,7 +213,7 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
         const int64_t offset = pixels[p].grad_output_bytes;
         const bool valid = grad_channel_exists && offset >= 0;
         copy_async<kVectorBytes>(stage.grad_output + pixel_row_offset<Tile, Tile::kRows>(p, grad_vector),
-                                 grad_output + (valid ? offset : 0), valid);
+                                 valid ? grad_output + offset : params.grad_output, valid);
       }
 #pragma unroll
       for (int32_t i = 0; i < kInputPasses; ++i) {
@@ -214,7 +224,7 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
             static_cast<uint32_t>(pixel.row + tap_row) < static_cast<uint32_t>(pixel.patch_rows) &&
             static_cast<uint32_t>(pixel.column + tap_column) < static_cast<uint32_t>(pixel.patch_columns);
         copy_async<kVectorBytes>(stage.input + pixel_row_offset<Tile, Tile::kColumns>(p, input_vector),
-                                 input + (valid ? pixel.input_bytes + tap_bytes : 0), valid);
+                                 valid ? input + pixel.input_bytes : params.input, valid);
       }
       // The other half of the table was last read one issue ago or more, and a barrier lies between any two.
       if (stage_in_group == 1 && pixel_group + 1 < group_count) find_pixels(pixel_group + 1);
@@ -233,28 +243,45 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
     for (int32_t i = 0; i < kStages - 1; ++i) issue();
     copy_async_wait<kStages - 2>();
     block_barrier();
-    Fragments<Tile> fragments[kSteps];
     int32_t read_stage = 0;
-    load_fragments_transposed<Tile>(fragments[0], shared.stages[0].grad_output, shared.stages[0].input, warp_row,
-                                    warp_column, 0);
-    for (int32_t remaining = stages; remaining > 0; --remaining) {
-      const typename Shared::Stage& stage = shared.stages[read_stage];
-      load_fragments_transposed<Tile>(fragments[1], stage.grad_output, stage.input, warp_row, warp_column, 1);
-      issue();  // into the stage that every warp has left before the last barrier
-      multiply(sums, fragments[0]);
-      copy_async_wait<kStages - 2>();
-      block_barrier();
-      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-      // Behind the last stage this reads an old one, and nobody uses it: cheaper than a branch here.
-      const typename Shared::Stage& next = shared.stages[read_stage];
-      load_fragments_transposed<Tile>(fragments[0], next.grad_output, next.input, warp_row, warp_column, 0);
-      multiply(sums, fragments[1]);
+    if constexpr (Tile::kTf32) {
+      // Fragments gathered element by element take too many registers to load them ahead.
+      for (int32_t remaining = stages; remaining > 0; --remaining) {
+        const typename Shared::Stage& stage = shared.stages[read_stage];
+        issue();  // into the stage that every warp has left before the last barrier
+#pragma unroll
+        for (int32_t step = 0; step < kSteps; ++step) {
+          Fragments<Tile> fragments;
+          load_fragments_transposed<Tile>(fragments, stage.grad_output, stage.input, warp_row, warp_column, step);
+          multiply(sums, fragments);
+        }
+        copy_async_wait<kStages - 2>();
+        block_barrier();
+        read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+      }
+    } else {
+      Fragments<Tile> fragments[kSteps];
+      load_fragments_transposed<Tile>(fragments[0], shared.stages[0].grad_output, shared.stages[0].input, warp_row,
+                                      warp_column, 0);
+      for (int32_t remaining = stages; remaining > 0; --remaining) {
+        const typename Shared::Stage& stage = shared.stages[read_stage];
+        load_fragments_transposed<Tile>(fragments[1], stage.grad_output, stage.input, warp_row, warp_column, 1);
+        issue();  // into the stage that every warp has left before the last barrier
+        multiply(sums, fragments[0]);
+        copy_async_wait<kStages - 2>();
+        block_barrier();
+        read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+        // Behind the last stage this reads an old one, and nobody uses it: cheaper than a branch here.
+        const typename Shared::Stage& next = shared.stages[read_stage];
+        load_fragments_transposed<Tile>(fragments[0], next.grad_output, next.input, warp_row, warp_column, 0);
+        multiply(sums, fragments[1]);
+      }
     }
   }
 
-  float* partial_sums = static_cast<float*>(params.partial_sums) +
-                        (static_cast<int64_t>(segment) * params.out_channels + group * params.out_channels_per_group) *
-                            weight_columns;
+  float* partial_sums =
+      static_cast<float*>(params.partial_sums) +
+      (static_cast<int64_t>(segment) * params.out_channels + group * params.out_channels_per_group) * weight_columns;
 #pragma unroll
   for (int32_t i = 0; i < Tile::kRowBlocks; ++i) {
 #pragma unroll
