@@ -41,10 +41,10 @@ std::string pixels_refusal(const AxisWalk& rows, const AxisWalk& columns, int64_
 
 int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors) {
   if (tuning().gemm_tile >= 0) return tuning().gemm_tile;
-  constexpr double kMultipliesPerCycle = 2048;    // of one multiprocessor's tensor cores, 16-bit operands
+  constexpr double kMultipliesPerCycle = 2048;  // of one multiprocessor's tensor cores, 16-bit operands
   constexpr double kSharedBytesPerCycle = 128;
-  constexpr double kL2BytesPerCycle = 40;         // of one multiprocessor, all of them reading
-  constexpr double kCyclesPerTile = 1200;         // epilogue and pipeline fill
+  constexpr double kL2BytesPerCycle = 40;  // of one multiprocessor, all of them reading
+  constexpr double kCyclesPerTile = 1200;  // epilogue and pipeline fill
   const double blocks = static_cast<double>(ceil_divide(call.reduction_channels, kReductionBlock));
   int32_t best = 0;
   double best_cycles = 0;

@@ -7,18 +7,14 @@
 #include <cmath>
 #include <vector>
 
+#include "block.h"
 #include "conv.h"
 #include "geometry.h"
 #include "params.h"
+#include "refusals.h"
 #include "unrolled.h"
 
 namespace splitkern::kernels::sm90 {
-
-inline constexpr int kReductionBlock = 64;  // channels of a stage: 128 bytes, the swizzle's span
-inline constexpr int kMathWarpgroups = 2;
-inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kBlockThreads = (1 + kMathWarpgroups) * kWarpgroupThreads;
-inline constexpr int kSharedBytes = 232448;  // that a block may have on compute capability 9.0
 
 // With kSwapped the channels are the rows of the products and the pixels their columns, so that products stay wide
 // (256 columns, the cheapest in shared-memory reads) also where there are only 64 or 128 channels.
@@ -76,19 +72,6 @@ struct GemmShared {
   Barrier empty[Traits::kStages];
 };
 
-// Where a ring of stages stands; a wait for stage `index` takes `parity` (full) or its opposite (empty).
-template <int kStages>
-struct Ring {
-  uint32_t index = 0;
-  uint32_t parity = 0;
-  SPLITKERN_DEVICE void next() {
-    if (++index == kStages) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Tile numbers of a block only grow, so the sub-problem is found by going forward.
 struct TilePosition {
   int32_t sub_problem = 0;
@@ -135,8 +118,8 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
       const int32_t tap_row = problem.row_taps.first_tap + row_tap * problem.row_taps.tap_step;
       const uint16_t row_offset = static_cast<uint16_t>(row_tap * problem.row_taps.offset_step);
       for (int32_t column_tap = 0; column_tap < problem.column_taps.taps; ++column_tap) {
-        const int32_t tap = tap_row * params.kernel_columns + problem.column_taps.first_tap +
-                            column_tap * problem.column_taps.tap_step;
+        const int32_t tap =
+            tap_row * params.kernel_columns + problem.column_taps.first_tap + column_tap * problem.column_taps.tap_step;
         const uint16_t column_offset = static_cast<uint16_t>(column_tap * problem.column_taps.offset_step);
         for (int32_t block = 0; block < params.reduction_blocks; ++block) {
           const int32_t reduction = block * kReductionBlock;
@@ -265,10 +248,9 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
     for (uint32_t i = thread; i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
       const int32_t channel = position.channel + static_cast<int32_t>(i) +
                               (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
-      shared.bias[warpgroup][i] =
-          params.bias != nullptr && channel < params.channels
-              ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
-              : 0.0f;
+      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
+                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
+                                      : 0.0f;
     }
 
     float sums[kColumns / 2];
@@ -310,14 +292,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   using Shared = GemmShared<Traits>;
   static_assert(sizeof(Shared) <= kSharedBytes);
   Shared& shared = dynamic_shared<Shared>();
-  if (thread_index() == 0) {
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
-      barrier_init(shared.full[stage], 1);
-      barrier_init(shared.empty[stage], kMathWarpgroups * kWarpgroupThreads / kWarpThreads);
-    }
-    barrier_init_fence();
-  }
-  block_barrier();
+  init_ring<Shared, Traits::kStages>(shared);
   const uint32_t warp = warp_index();
   if (warp < kWarpgroupThreads / kWarpThreads) {
     release_registers<40>();
@@ -393,19 +368,18 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
       const AxisWalk& rows = problems[first + i].rows;
       const AxisWalk& columns = problems[first + i].columns;
       const int32_t pixels = static_cast<int32_t>(problems[first + i].pixels(call.images));
-      params.sub_problem[i] = {
-          params.tiles,
-          pixels,
-          static_cast<int32_t>(columns.outputs),
-          static_cast<int32_t>(rows.outputs),
-          static_cast<int32_t>(columns.lower),
-          static_cast<int32_t>(rows.lower),
-          static_cast<int32_t>(columns.step),
-          static_cast<int32_t>(rows.step),
-          {static_cast<int32_t>(rows.taps), static_cast<int32_t>(rows.first_tap), static_cast<int32_t>(rows.tap_step),
-           static_cast<int32_t>(rows.offset_step)},
-          {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
-           static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
+      params.sub_problem[i] = {params.tiles,
+                               pixels,
+                               static_cast<int32_t>(columns.outputs),
+                               static_cast<int32_t>(rows.outputs),
+                               static_cast<int32_t>(columns.lower),
+                               static_cast<int32_t>(rows.lower),
+                               static_cast<int32_t>(columns.step),
+                               static_cast<int32_t>(rows.step),
+                               {static_cast<int32_t>(rows.taps), static_cast<int32_t>(rows.first_tap),
+                                static_cast<int32_t>(rows.tap_step), static_cast<int32_t>(rows.offset_step)},
+                               {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
+                                static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
       params.tiles += static_cast<int32_t>(ceil_divide(pixels, Traits::kPixels)) * params.channel_tiles;
       params.operand[i] = encode(operand_map(call.type, call.operand, call.operand_strides, call.reduction_channels,
                                              call.images, rows, columns, Traits::kLoadPixels),
@@ -415,8 +389,8 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
                                 Params::kOperator);
     }
     const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
-    kernels::launch(&conv_gemm_kernel<Traits>, Dim3{blocks, 1, 1}, Dim3{kBlockThreads, 1, 1}, sizeof(GemmShared<Traits>), stream,
-           params);
+    kernels::launch(&conv_gemm_kernel<Traits>, Dim3{blocks, 1, 1}, Dim3{kBlockThreads, 1, 1},
+                    sizeof(GemmShared<Traits>), stream, params);
   }
 }
 
@@ -424,12 +398,6 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
 template <class T, bool kInputGrad>
 void launch_gemm_tile(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream);
-
-// The pieces of both paths' refusals; empty where there is none.
-std::string device_refusal(const DeviceTraits& traits);
-std::string type_refusal(ElementType type);
-std::string groups_refusal(int64_t channels, int64_t channels_per_group);
-std::string pixels_refusal(const AxisWalk& rows, const AxisWalk& columns, int64_t images);
 
 // The weights as the maps want them: as they are, or queued to be packed into the workspace.
 const void* weights_for_maps(const void* weight, const Strides4& strides, const WeightLayout& layout,

@@ -136,8 +136,7 @@ inline std::string tensor_refusal(const char* name, const void* base, int64_t ch
 inline void set_strides(Im2colMap& map, const Strides4& strides, int64_t row_step, int64_t column_step) {
   map.column_stride_bytes = map.columns > 1 ? strides.column * column_step * kElementBytes
                                             : std::max<int64_t>(map.channels, 8) * kElementBytes;
-  map.row_stride_bytes =
-      map.rows > 1 ? strides.row * row_step * kElementBytes : map.column_stride_bytes * map.columns;
+  map.row_stride_bytes = map.rows > 1 ? strides.row * row_step * kElementBytes : map.column_stride_bytes * map.columns;
   map.image_stride_bytes = map.images > 1 ? strides.batch * kElementBytes : map.row_stride_bytes * map.rows;
 }
 
