@@ -107,3 +107,7 @@ void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmPro
 }
 
 }  // namespace splitkern::kernels::sm90
+
+extern "C" void splitkern_tune_sm90(int32_t gemm_tile, int32_t weight_grad_tile, int32_t weight_grad_segments) {
+  splitkern::kernels::sm90::tuning() = {gemm_tile, weight_grad_tile, weight_grad_segments};
+}
