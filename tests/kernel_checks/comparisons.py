@@ -92,6 +92,11 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
     if layout == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     n, c, h, w = shape
+    if layout == "aligned channels_last view":  # what a patch of a joined tensor is
+        parent = torch.full((n + 1, c + 16, h + 3, w + 2), 1e3, dtype=dtype)
+        view = parent.contiguous(memory_format=torch.channels_last)[1:, 8 : c + 8, 2 : h + 2, 1 : w + 1]
+        view.copy_(values)
+        return view
     if layout in ("view", "channels_last view"):
         parent = torch.full((n + 1, c + 2, h + 3, w + 2), 1e3, dtype=dtype)
         if layout == "channels_last view":

@@ -11,6 +11,7 @@
 
 #define __global__
 #define __grid_constant__
+#define __launch_bounds__(...)
 #define SPLITKERN_DEVICE inline
 #define SPLITKERN_HOST_DEVICE inline
 
