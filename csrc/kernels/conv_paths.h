@@ -25,6 +25,9 @@ void launch_path(const PathChoice& choice, const ConvInputGradParams& params, co
 void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, std::span<const PatchGrid> grids,
                  const DeviceTraits& traits, void* workspace, cudaStream_t stream);
 
+// True while the plain path is forced: pooling, batch norm and copies then take their plain kernels as well.
+bool plain_path_is_forced();
+
 }  // namespace splitkern::kernels
 
 // For tests and benchmarks: every convolution of this library takes the named path ("plain", "depthwise",
