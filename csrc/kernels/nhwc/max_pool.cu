@@ -52,12 +52,13 @@ struct Maximum {
   Words<kBytes> values;
   Words<kBytes> offsets;
 
+  // `offset` is in every lane.
   SPLITKERN_DEVICE void take(const Words<kBytes>& candidate, uint32_t offset) {
 #pragma unroll
     for (int i = 0; i < Words<kBytes>::kCount; ++i) {
       const uint32_t mask = exceeds_mask<T>(candidate.words[i], values.words[i]);
       values.words[i] = (candidate.words[i] & mask) | (values.words[i] & ~mask);
-      offsets.words[i] = (in_every_lane<T>(offset) & mask) | (offsets.words[i] & ~mask);
+      offsets.words[i] = (offset & mask) | (offsets.words[i] & ~mask);
     }
   }
 };
@@ -92,13 +93,10 @@ template <class T, int kBytes>
 __global__ void max_pool_kernel(const __grid_constant__ ForwardParams params) {
   const Item item = item_of(params.tiles);
   if (!item.exists) return;
-  const uint32_t channel = item.vector * (kBytes / sizeof(T));
   const Range in_rows = patch_inputs(params.grid.rows, item.row);
   const Range in_columns = patch_inputs(params.grid.columns, item.column);
   const WindowTaps y = taps_inside(params.rows_of_window, item.row, in_rows.first, in_rows.last);
   const WindowTaps x = taps_inside(params.columns_of_window, item.column, in_columns.first, in_columns.last);
-  const T* input =
-      static_cast<const T*>(params.input) + pixel_offset(params.input_strides, item.batch, y.origin, x.origin, channel);
   const int64_t step_y = params.rows_of_window.dilation.divisor * params.input_strides.row;
   const int64_t step_x = params.columns_of_window.dilation.divisor * params.input_strides.column;
   const int32_t window_columns = params.columns_of_window.kernel;
@@ -106,75 +104,85 @@ __global__ void max_pool_kernel(const __grid_constant__ ForwardParams params) {
   // A window of nothing but -inf saves its first position, an empty one saves none.
   const bool empty = y.first >= y.last || x.first >= x.last;
   const uint32_t first_offset = empty ? kNoOffset : static_cast<uint32_t>(y.first * window_columns + x.first);
-  Maximum<T, kBytes> best{filled_words<kBytes>(minus_infinity<T>()),
-                          filled_words<kBytes>(in_every_lane<T>(first_offset))};
-  for (int32_t tap_y = y.first; tap_y < y.last; ++tap_y) {
-    for (int32_t tap_x = x.first; tap_x < x.last; ++tap_x) {
-      best.take(load_words<kBytes>(input + tap_y * step_y + tap_x * step_x),
-                static_cast<uint32_t>(tap_y * window_columns + tap_x));
+  uint32_t channel = item.vector * (kBytes / sizeof(T));
+  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+    const T* input = static_cast<const T*>(params.input) +
+                     pixel_offset(params.input_strides, item.batch, y.origin, x.origin, channel);
+    Maximum<T, kBytes> best{filled_words<kBytes>(minus_infinity<T>()),
+                            filled_words<kBytes>(in_every_lane<T>(first_offset))};
+    for (int32_t tap_y = y.first; tap_y < y.last; ++tap_y) {
+      for (int32_t tap_x = x.first; tap_x < x.last; ++tap_x) {
+        best.take(load_words<kBytes>(input + tap_y * step_y + tap_x * step_x),
+                  in_every_lane<T>(static_cast<uint32_t>(tap_y * window_columns + tap_x)));
+      }
     }
+    store_maximum<T, kBytes>(params, item, channel, best);
   }
-  store_maximum<T, kBytes>(params, item, channel, best);
 }
 
-// Which of kWindow taps lie inside a patch, and the first that does.
+// The positions of a window of kWindow taps without dilation; one outside the patch becomes the nearest inside. Such
+// a position then comes up again with its own tap, which changes nothing: the first maximum and the last NaN of the
+// row-major sequence stay where they are.
 template <int kWindow>
-struct TapsInside {
-  int32_t origin;
-  bool inside[kWindow];
-  bool any;
-  uint32_t first;
+struct ClampedTaps {
+  bool any;  // no: the window sees nothing of the patch
+  int32_t position[kWindow];
+  int32_t tap[kWindow];
 };
 
 template <int kWindow>
-SPLITKERN_DEVICE TapsInside<kWindow> each_tap(const Window& window, const AxisPatches& axis, int32_t output) {
+SPLITKERN_DEVICE ClampedTaps<kWindow> clamped_taps(const Window& window, const AxisPatches& axis, int32_t output) {
   const Range inputs = patch_inputs(axis, output);
-  TapsInside<kWindow> taps;
-  taps.origin = window_origin(window, output);
-  taps.any = false;
-  taps.first = 0;
+  const int32_t origin = window_origin(window, output);
+  ClampedTaps<kWindow> taps;
+  taps.any = origin < inputs.last && origin + kWindow > inputs.first;
 #pragma unroll
-  for (int tap = kWindow - 1; tap >= 0; --tap) {
-    const uint32_t beyond =
-        static_cast<uint32_t>(taps.origin + tap * static_cast<int32_t>(window.dilation.divisor) - inputs.first);
-    taps.inside[tap] = beyond < static_cast<uint32_t>(inputs.last - inputs.first);
-    taps.any = taps.any || taps.inside[tap];
-    if (taps.inside[tap]) taps.first = tap;
+  for (int tap = 0; tap < kWindow; ++tap) {
+    const int32_t position = origin + tap < inputs.last ? origin + tap : inputs.last - 1;
+    taps.position[tap] = position > inputs.first ? position : inputs.first;
+    taps.tap[tap] = taps.position[tap] - origin;
   }
   return taps;
 }
 
-// A square window of known size: all loads at once.
+// A square window of known size without dilation: all loads at once.
 template <class T, int kBytes, int kWindow>
 __global__ void max_pool_square_kernel(const __grid_constant__ ForwardParams params) {
   const Item item = item_of(params.tiles);
   if (!item.exists) return;
-  const uint32_t channel = item.vector * (kBytes / sizeof(T));
-  const auto y = each_tap<kWindow>(params.rows_of_window, params.grid.rows, item.row);
-  const auto x = each_tap<kWindow>(params.columns_of_window, params.grid.columns, item.column);
-  const char* input = static_cast<const char*>(params.input) +
-                      sizeof(T) * pixel_offset(params.input_strides, item.batch, y.origin, x.origin, channel);
-  const int64_t step_y = sizeof(T) * params.rows_of_window.dilation.divisor * params.input_strides.row;
-  const int64_t step_x = sizeof(T) * params.columns_of_window.dilation.divisor * params.input_strides.column;
-
-  // What lies outside the patch is -inf, which never exceeds.
-  Words<kBytes> candidates[kWindow][kWindow];
+  const auto y = clamped_taps<kWindow>(params.rows_of_window, params.grid.rows, item.row);
+  const auto x = clamped_taps<kWindow>(params.columns_of_window, params.grid.columns, item.column);
+  const bool empty = !(y.any && x.any);
+  const char* image = static_cast<const char*>(params.input) + sizeof(T) * item.batch * params.input_strides.batch;
+  int64_t row[kWindow];
+  int64_t column[kWindow];
+  uint32_t row_offset[kWindow];
+  uint32_t column_offset[kWindow];
 #pragma unroll
-  for (int tap_y = 0; tap_y < kWindow; ++tap_y) {
-#pragma unroll
-    for (int tap_x = 0; tap_x < kWindow; ++tap_x) {
-      candidates[tap_y][tap_x] = filled_words<kBytes>(minus_infinity<T>());
-      if (y.inside[tap_y] && x.inside[tap_x]) {
-        candidates[tap_y][tap_x] = load_words<kBytes>(input + tap_y * step_y + tap_x * step_x);
-      }
-    }
+  for (int tap = 0; tap < kWindow; ++tap) {
+    row[tap] = sizeof(T) * y.position[tap] * params.input_strides.row;
+    column[tap] = sizeof(T) * x.position[tap] * params.input_strides.column;
+    row_offset[tap] = in_every_lane<T>(static_cast<uint32_t>(y.tap[tap] * kWindow));
+    column_offset[tap] = in_every_lane<T>(static_cast<uint32_t>(x.tap[tap]));
   }
-  // A window of nothing but -inf saves its first position, an empty one saves none.
-  const uint32_t first_offset = y.any && x.any ? y.first * kWindow + x.first : kNoOffset;
-  Maximum<T, kBytes> best{candidates[0][0], filled_words<kBytes>(in_every_lane<T>(first_offset))};
+  uint32_t channel = item.vector * (kBytes / sizeof(T));
+  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+    Words<kBytes> candidates[kWindow * kWindow];
 #pragma unroll
-  for (int tap = 1; tap < kWindow * kWindow; ++tap) best.take(candidates[tap / kWindow][tap % kWindow], tap);
-  store_maximum<T, kBytes>(params, item, channel, best);
+    for (int tap = 0; tap < kWindow * kWindow; ++tap) {
+      candidates[tap] = load_words<kBytes>(image + sizeof(T) * channel + row[tap / kWindow] + column[tap % kWindow]);
+    }
+    Maximum<T, kBytes> best{candidates[0], filled_words<kBytes>(row_offset[0] + column_offset[0])};
+#pragma unroll
+    for (int tap = 1; tap < kWindow * kWindow; ++tap) {
+      best.take(candidates[tap], row_offset[tap / kWindow] + column_offset[tap % kWindow]);
+    }
+    if (empty) {
+      best.values = filled_words<kBytes>(minus_infinity<T>());
+      best.offsets = filled_words<kBytes>(in_every_lane<T>(kNoOffset));
+    }
+    store_maximum<T, kBytes>(params, item, channel, best);
+  }
 }
 
 // The offsets of a vector, each as wide as its value.
@@ -195,113 +203,132 @@ SPLITKERN_DEVICE Words<kBytes> load_offsets(const uint8_t* offsets) {
   return lanes;
 }
 
-// Adds the gradients whose offset is `tap`. The others add +0, which leaves every sum as it is: one that begins at +0
-// never becomes -0.
+// The gradients whose offset is `tap`, which is in every lane; +0 for the others.
 template <class T, int kBytes>
-SPLITKERN_DEVICE void add_where(float (&sums)[kBytes / sizeof(T)], const Words<kBytes>& grad,
-                                const Words<kBytes>& offsets, uint32_t tap) {
-  const uint32_t wanted = in_every_lane<T>(tap);
+SPLITKERN_DEVICE Words<kBytes> where_offset(const Words<kBytes>& grad, const Words<kBytes>& offsets, uint32_t tap) {
   Words<kBytes> masked;
 #pragma unroll
   for (int i = 0; i < Words<kBytes>::kCount; ++i) {
-    masked.words[i] = grad.words[i] & equal_mask<T>(offsets.words[i], wanted);
+    masked.words[i] = grad.words[i] & equal_mask<T>(offsets.words[i], tap);
   }
+  return masked;
+}
+
+// Adding +0 leaves every sum as it is: one that begins at +0 never becomes -0.
+template <class T, int kBytes>
+SPLITKERN_DEVICE void add(float (&sums)[kBytes / sizeof(T)], const Words<kBytes>& grad) {
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) sums[i] += element_of<T>(masked, i);
+  for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) sums[i] += element_of<T>(grad, i);
 }
 
 // One pixel per thread, any window.
 template <class T, int kBytes>
 __global__ void max_pool_backward_kernel(const __grid_constant__ BackwardParams params) {
-  constexpr int kElements = kBytes / sizeof(T);
   const Item item = item_of(params.tiles);
   if (!item.exists) return;
-  const uint32_t channel = item.vector * kElements;
   const Window& window_y = params.rows_of_window;
   const Window& window_x = params.columns_of_window;
   const Range patch_rows = patch_outputs(params.grid.rows, item.row);
   const Range patch_columns = patch_outputs(params.grid.columns, item.column);
   const Range out_rows = outputs_over(window_y, item.row, patch_rows.first, patch_rows.last);
   const Range out_columns = outputs_over(window_x, item.column, patch_columns.first, patch_columns.last);
-  const T* grads = static_cast<const T*>(params.grad_output) + item.batch * params.grad_output_strides.batch + channel;
-  const uint8_t* offsets = params.offsets + item.batch * params.offsets_strides.batch + channel;
 
-  // Outputs ascend, the order in which ATen scatters them.
-  float sums[kElements] = {};
-  for (int32_t out_row = out_rows.first; out_row < out_rows.last; ++out_row) {
-    const int32_t tap_y = tap_on(window_y, item.row, out_row);
-    if (tap_y < 0) continue;
-    for (int32_t out_column = out_columns.first; out_column < out_columns.last; ++out_column) {
-      const int32_t tap_x = tap_on(window_x, item.column, out_column);
-      if (tap_x < 0) continue;
-      add_where<T>(sums,
-                   load_words<kBytes>(grads + out_row * params.grad_output_strides.row +
-                                      out_column * params.grad_output_strides.column),
-                   load_offsets<T, kBytes>(offsets + out_row * params.offsets_strides.row +
-                                           out_column * params.offsets_strides.column),
-                   static_cast<uint32_t>(tap_y * window_x.kernel + tap_x));
+  uint32_t channel = item.vector * (kBytes / sizeof(T));
+  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+    const T* grads =
+        static_cast<const T*>(params.grad_output) + item.batch * params.grad_output_strides.batch + channel;
+    const uint8_t* offsets = params.offsets + item.batch * params.offsets_strides.batch + channel;
+    // Outputs ascend, the order in which ATen scatters them.
+    float sums[kBytes / sizeof(T)] = {};
+    for (int32_t out_row = out_rows.first; out_row < out_rows.last; ++out_row) {
+      const int32_t tap_y = tap_on(window_y, item.row, out_row);
+      if (tap_y < 0) continue;
+      for (int32_t out_column = out_columns.first; out_column < out_columns.last; ++out_column) {
+        const int32_t tap_x = tap_on(window_x, item.column, out_column);
+        if (tap_x < 0) continue;
+        const auto grad = load_words<kBytes>(grads + out_row * params.grad_output_strides.row +
+                                             out_column * params.grad_output_strides.column);
+        const auto offset = load_offsets<T, kBytes>(offsets + out_row * params.offsets_strides.row +
+                                                    out_column * params.offsets_strides.column);
+        const uint32_t tap = static_cast<uint32_t>(tap_y * window_x.kernel + tap_x);
+        add<T>(sums, where_offset<T>(grad, offset, in_every_lane<T>(tap)));
+      }
     }
+    store_words(static_cast<T*>(params.output) +
+                    pixel_offset(params.output_strides, item.batch, item.row, item.column, channel),
+                rounded<T, kBytes>(sums));
   }
-  store_words(
-      static_cast<T*>(params.output) + pixel_offset(params.output_strides, item.batch, item.row, item.column, channel),
-      rounded<T, kBytes>(sums));
 }
 
 // A cell of inputs per thread (pooling.h), so that each gradient is read for all of its inputs at once.
 template <class T, int kBytes, int kKernel, int kStride>
 __global__ void max_pool_backward_cell_kernel(const __grid_constant__ BackwardParams params) {
-  constexpr int kElements = kBytes / sizeof(T);
   using Axis = CellAxis<kKernel, kStride>;
+  constexpr int kOutputs = Axis::kOutputs;
+  constexpr uint32_t kNeverRow = 0x1000;  // no offset in memory is above 255
+  constexpr uint32_t kNeverColumn = 0x400;
   const Item item = item_of(params.tiles);
   if (!item.exists) return;
-  const uint32_t channel = item.vector * kElements;
   const Axis y = cell_axis<kKernel, kStride>(params.grid.rows, params.rows_of_window.padding, item.row);
   const Axis x = cell_axis<kKernel, kStride>(params.grid.columns, params.columns_of_window.padding, item.column);
-  const T* grads = static_cast<const T*>(params.grad_output) +
-                   pixel_offset(params.grad_output_strides, item.batch, y.output, x.output, channel);
-  const uint8_t* offsets =
-      params.offsets + pixel_offset(params.offsets_strides, item.batch, y.output, x.output, channel);
-
-  Words<kBytes> grad[Axis::kOutputs][Axis::kOutputs];
-  Words<kBytes> offset[Axis::kOutputs][Axis::kOutputs];
+  // The offset that means position j in output q, as a sum of rows and columns.
+  uint32_t row_tap[kStride][kOutputs];
+  uint32_t column_tap[kStride][kOutputs];
 #pragma unroll
-  for (int qy = 0; qy < Axis::kOutputs; ++qy) {
+  for (int j = 0; j < kStride; ++j) {
 #pragma unroll
-    for (int qx = 0; qx < Axis::kOutputs; ++qx) {
-      grad[qy][qx] = filled_words<kBytes>(0);
-      offset[qy][qx] = filled_words<kBytes>(in_every_lane<T>(kNoOffset));
-      if (read_at_all(y, qy) && read_at_all(x, qx)) {
-        grad[qy][qx] =
-            load_words<kBytes>(grads - qy * params.grad_output_strides.row - qx * params.grad_output_strides.column);
-        offset[qy][qx] =
-            load_offsets<T, kBytes>(offsets - qy * params.offsets_strides.row - qx * params.offsets_strides.column);
-      }
+    for (int q = 0; q < kOutputs; ++q) {
+      const uint32_t tap = kStride * q + j;
+      row_tap[j][q] = in_every_lane<T>(y.reads[j][q] ? tap * kKernel : kNeverRow);
+      column_tap[j][q] = in_every_lane<T>(x.reads[j][q] ? tap : kNeverColumn);
     }
   }
-  T* output =
-      static_cast<T*>(params.output) + pixel_offset(params.output_strides, item.batch, y.position, x.position, channel);
+  uint32_t channel = item.vector * (kBytes / sizeof(T));
+  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+    Words<kBytes> grad[kOutputs][kOutputs];
+    Words<kBytes> offset[kOutputs][kOutputs];
 #pragma unroll
-  for (int jy = 0; jy < kStride; ++jy) {
+    for (int qy = 0; qy < kOutputs; ++qy) {
 #pragma unroll
-    for (int jx = 0; jx < kStride; ++jx) {
-      float sums[kElements] = {};
-      // Descending q are ascending outputs.
-#pragma unroll
-      for (int qy = Axis::kOutputs - 1; qy >= 0; --qy) {
-#pragma unroll
-        for (int qx = Axis::kOutputs - 1; qx >= 0; --qx) {
-          const int tap_y = kStride * qy + jy;
-          const int tap_x = kStride * qx + jx;
-          if (tap_y >= kKernel || tap_x >= kKernel) continue;
-          // No offset in memory is above 255, so one that does not belong to the input's patch finds nothing.
-          const uint32_t tap =
-              y.reads[jy][qy] && x.reads[jx][qx] ? static_cast<uint32_t>(tap_y * kKernel + tap_x) : 256u;
-          add_where<T>(sums, grad[qy][qx], offset[qy][qx], tap);
-        }
+      for (int qx = 0; qx < kOutputs; ++qx) {
+        grad[qy][qx] = load_words<kBytes>(
+            static_cast<const T*>(params.grad_output) +
+            pixel_offset(params.grad_output_strides, item.batch, y.output[qy], x.output[qx], channel));
+        offset[qy][qx] = load_offsets<T, kBytes>(
+            params.offsets + pixel_offset(params.offsets_strides, item.batch, y.output[qy], x.output[qx], channel));
       }
-      if (y.inside[jy] && x.inside[jx]) {
-        store_words(output + jy * params.output_strides.row + jx * params.output_strides.column,
-                    rounded<T, kBytes>(sums));
+    }
+    T* output = static_cast<T*>(params.output) +
+                pixel_offset(params.output_strides, item.batch, y.position, x.position, channel);
+#pragma unroll
+    for (int jy = 0; jy < kStride; ++jy) {
+#pragma unroll
+      for (int jx = 0; jx < kStride; ++jx) {
+        const int rows = outputs_on<kKernel, kStride>(jy);
+        const int columns = outputs_on<kKernel, kStride>(jx);
+        // Descending q are ascending outputs. Two gradients need no wider sum: added to +0 and to each other they
+        // round once, to the same bits.
+        const bool narrow = rows * columns <= 2;
+        float sums[kBytes / sizeof(T)] = {};
+        Words<kBytes> narrow_sums = filled_words<kBytes>(0);
+#pragma unroll
+        for (int qy = rows - 1; qy >= 0; --qy) {
+#pragma unroll
+          for (int qx = columns - 1; qx >= 0; --qx) {
+            const auto found = where_offset<T>(grad[qy][qx], offset[qy][qx], row_tap[jy][qy] + column_tap[jx][qx]);
+            if (narrow) {
+              for (int i = 0; i < Words<kBytes>::kCount; ++i) {
+                narrow_sums.words[i] = add_lanes<T>(narrow_sums.words[i], found.words[i]);
+              }
+            } else {
+              add<T>(sums, found);
+            }
+          }
+        }
+        if (y.inside[jy] && x.inside[jx]) {
+          store_words(output + jy * params.output_strides.row + jx * params.output_strides.column,
+                      narrow ? narrow_sums : rounded<T, kBytes>(sums));
+        }
       }
     }
   }
@@ -312,36 +339,37 @@ __global__ void max_pool_backward_cell_kernel(const __grid_constant__ BackwardPa
 template <class Element, int kBytes>
 __global__ void max_pool_gather_kernel(const __grid_constant__ GatherParams params) {
   constexpr int kElements = kBytes / sizeof(Element);
+  constexpr int kElementsPerWord = 4 / sizeof(Element);
   const Item item = item_of(params.tiles);
   if (!item.exists) return;
-  const uint32_t channel = item.vector * kElements;
   const Range in_rows = patch_inputs(params.grid.rows, item.row);
   const Range in_columns = patch_inputs(params.grid.columns, item.column);
   const WindowTaps y = taps_inside(params.rows_of_window, item.row, in_rows.first, in_rows.last);
   const WindowTaps x = taps_inside(params.columns_of_window, item.column, in_columns.first, in_columns.last);
-  const Element* input = static_cast<const Element*>(params.input) +
-                         pixel_offset(params.input_strides, item.batch, y.origin, x.origin, channel);
   const int64_t step_y = params.rows_of_window.dilation.divisor * params.input_strides.row;
   const int64_t step_x = params.columns_of_window.dilation.divisor * params.input_strides.column;
-  const Words<kElements> offsets = load_words<kElements>(
-      params.offsets + pixel_offset(params.offsets_strides, item.batch, item.row, item.column, channel));
-
-  constexpr int kElementsPerWord = 4 / sizeof(Element);
-  Words<kBytes> values = filled_words<kBytes>(0);
+  uint32_t channel = item.vector * kElements;
+  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+    const Element* input = static_cast<const Element*>(params.input) +
+                           pixel_offset(params.input_strides, item.batch, y.origin, x.origin, channel);
+    const Words<kElements> offsets = load_words<kElements>(
+        params.offsets + pixel_offset(params.offsets_strides, item.batch, item.row, item.column, channel));
+    Words<kBytes> values = filled_words<kBytes>(0);
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    const uint32_t offset = (offsets.words[i / 4] >> (i % 4 * 8)) & 0xffu;
-    const int32_t tap_y = static_cast<int32_t>(divide(offset, params.kernel_columns));
-    const int32_t tap_x = static_cast<int32_t>(offset) - tap_y * params.columns_of_window.kernel;
-    uint32_t value = 0;
-    if (offset != kNoOffset && tap_y >= y.first && tap_y < y.last && tap_x >= x.first && tap_x < x.last) {
-      value = load_global<Element>(input + tap_y * step_y + tap_x * step_x + i);
+    for (int i = 0; i < kElements; ++i) {
+      const uint32_t offset = (offsets.words[i / 4] >> (i % 4 * 8)) & 0xffu;
+      const int32_t tap_y = static_cast<int32_t>(divide(offset, params.kernel_columns));
+      const int32_t tap_x = static_cast<int32_t>(offset) - tap_y * params.columns_of_window.kernel;
+      uint32_t value = 0;
+      if (offset != kNoOffset && tap_y >= y.first && tap_y < y.last && tap_x >= x.first && tap_x < x.last) {
+        value = load_global<Element>(input + tap_y * step_y + tap_x * step_x + i);
+      }
+      values.words[i / kElementsPerWord] |= value << (i % kElementsPerWord * 16);
     }
-    values.words[i / kElementsPerWord] |= value << (i % kElementsPerWord * 16);
+    store_words(static_cast<Element*>(params.output) +
+                    pixel_offset(params.output_strides, item.batch, item.row, item.column, channel),
+                values);
   }
-  store_words(static_cast<Element*>(params.output) +
-                  pixel_offset(params.output_strides, item.batch, item.row, item.column, channel),
-              values);
 }
 
 int64_t bytes_of(const MaxPoolParams& params) {
@@ -406,19 +434,16 @@ std::string refusal(const MaxPoolGatherParams& params) {
 void launch(const MaxPoolParams& params, cudaStream_t stream) {
   const int64_t bytes = bytes_of(params);
   auto nhwc = with_windows<ForwardParams>(params);
-  nhwc.tiles = tiles_of(output_rows(params.grid), output_columns(params.grid),
-                        params.channels / (bytes / element_bytes(params.type)));
+  nhwc.tiles = tiles_of(output_rows(params.grid), output_columns(params.grid), params.batch, params.channels, bytes,
+                        bytes / element_bytes(params.type));
   const auto queue = [&](void (*kernel)(ForwardParams)) {
     kernels::launch(kernel, tile_grid(nhwc.tiles, params.batch), tile_block(), 0, stream, nhwc);
   };
   dispatch_vector(params.kOperator, params.type, bytes, [&](auto tag, auto width) {
     using T = typename decltype(tag)::Type;
     if constexpr (width.kInt == 16) {
-      const auto is_square = [&](int64_t side) {
-        return params.row_window.kernel == side && params.column_window.kernel == side;
-      };
-      if (is_square(3)) return queue(&max_pool_square_kernel<T, 16, 3>);
-      if (is_square(2)) return queue(&max_pool_square_kernel<T, 16, 2>);
+      if (has_window(params, 3)) return queue(&max_pool_square_kernel<T, 16, 3>);
+      if (has_window(params, 2)) return queue(&max_pool_square_kernel<T, 16, 2>);
     }
     queue(&max_pool_kernel<T, width.kInt>);
   });
@@ -426,10 +451,9 @@ void launch(const MaxPoolParams& params, cudaStream_t stream) {
 
 void launch(const MaxPoolBackwardParams& params, cudaStream_t stream) {
   const int64_t bytes = bytes_of(params);
-  const int64_t vectors = params.channels / (bytes / element_bytes(params.type));
   auto nhwc = with_windows<BackwardParams>(params);
   const auto queue = [&](void (*kernel)(BackwardParams), Range rows, Range columns) {
-    nhwc.tiles = tiles_of(rows, columns, vectors);
+    nhwc.tiles = tiles_of(rows, columns, params.batch, params.channels, bytes, bytes / element_bytes(params.type));
     kernels::launch(kernel, tile_grid(nhwc.tiles, params.batch), tile_block(), 0, stream, nhwc);
   };
   const Range rows = input_rows(params.grid);
@@ -454,8 +478,8 @@ void launch(const MaxPoolGatherParams& params, cudaStream_t stream) {
   const int64_t bytes = bytes_of(params);
   auto nhwc = with_windows<GatherParams>(params);
   nhwc.kernel_columns = fast_divisor(params.column_window.kernel);
-  nhwc.tiles = tiles_of(output_rows(params.grid), output_columns(params.grid),
-                        params.channels / (bytes / element_bytes(params.type)));
+  nhwc.tiles = tiles_of(output_rows(params.grid), output_columns(params.grid), params.batch, params.channels, bytes,
+                        bytes / element_bytes(params.type));
   const auto queue = [&](void (*kernel)(GatherParams)) {
     kernels::launch(kernel, tile_grid(nhwc.tiles, params.batch), tile_block(), 0, stream, nhwc);
   };

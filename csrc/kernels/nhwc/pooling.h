@@ -131,24 +131,40 @@ struct Tiles {
   int32_t column_begin;
   uint32_t rows;
   uint32_t lanes;
-  FastDivisor vectors;
+  FastDivisor vectors;  // of one part
   FastDivisor lane_tiles;
   FastDivisor row_tiles;
+  int32_t parts;
+  int32_t part_channels;
 };
+
+// A thread that takes the same pixels of two parts of the channels works out once where they lie. Parts stay at least
+// 64 bytes long, and calls too small to fill a device keep all their threads.
+inline int32_t parts_of(int64_t items, int64_t vectors, int64_t bytes) {
+  constexpr int64_t kManyItems = 1 << 20;
+  return items >= kManyItems && vectors % 2 == 0 && vectors / 2 * bytes >= 64 ? 2 : 1;
+}
 
 inline int64_t tiles_across(int64_t items, int64_t tile) {
   return (items + tile - 1) / tile;
 }
 
-inline Tiles tiles_of(Range rows, Range columns, int64_t vectors) {
-  const int64_t lanes = static_cast<int64_t>(columns.last - columns.first) * vectors;
+// `bytes`: of one vector, `elements` in it.
+inline Tiles tiles_of(Range rows, Range columns, int32_t batch, int32_t channels, int64_t bytes, int64_t elements) {
+  const int64_t height = rows.last - rows.first;
+  const int64_t width = columns.last - columns.first;
+  const int64_t vectors = channels / elements;
+  const int32_t parts = parts_of(batch * height * width * vectors, vectors, bytes);
+  const int64_t lanes = width * (vectors / parts);
   return {rows.first,
           columns.first,
-          static_cast<uint32_t>(rows.last - rows.first),
+          static_cast<uint32_t>(height),
           static_cast<uint32_t>(lanes),
-          fast_divisor(vectors),
+          fast_divisor(vectors / parts),
           fast_divisor(tiles_across(lanes, kTileLanes)),
-          fast_divisor(tiles_across(rows.last - rows.first, kTileRows))};
+          fast_divisor(tiles_across(height, kTileRows)),
+          parts,
+          channels / parts};
 }
 
 // True where every index of a launch over so many items fits: lanes of a row and blocks stay below 2^31.
@@ -190,7 +206,7 @@ SPLITKERN_DEVICE Item item_of(const Tiles& tiles) {
   return item;
 }
 
-// Of the first channel of the item's vector at a row and column.
+// Of a channel at a row and column.
 SPLITKERN_DEVICE int64_t pixel_offset(const Strides4& strides, int64_t batch, int32_t row, int32_t column,
                                       uint32_t channel) {
   return batch * strides.batch + row * strides.row + column * strides.column + channel;
@@ -245,18 +261,23 @@ template <int kKernel, int kStride>
 struct CellAxis {
   static constexpr int kOutputs = (kKernel + kStride - 1) / kStride;
   int32_t position;               // of j = 0
-  int32_t output;                 // of q = 0
+  int32_t output[kOutputs];       // r - q, or where the launch has none the next output that it has
   bool inside[kStride];           // position + j belongs to the launch
-  bool reads[kStride][kOutputs];  // output - q has a tap on position + j and is of the same patch
+  bool reads[kStride][kOutputs];  // output r - q has a tap on position + j and is of the same patch
 };
 
 template <int kKernel, int kStride>
 SPLITKERN_DEVICE CellAxis<kKernel, kStride> cell_axis(const AxisPatches& axis, int32_t padding, int32_t cell) {
   CellAxis<kKernel, kStride> result;
   result.position = cell * kStride - padding;
-  result.output = cell;
   const int32_t begin = axis.in_bounds[0];
   const int32_t end = axis.in_bounds[axis.patches];
+#pragma unroll
+  for (int q = 0; q < result.kOutputs; ++q) {
+    const int32_t last = axis.out_bounds[axis.patches] - 1;
+    const int32_t output = cell - q < last ? cell - q : last;
+    result.output[q] = output > axis.out_bounds[0] ? output : axis.out_bounds[0];
+  }
   int32_t patch = find_patch(axis.in_bounds, axis.patches, result.position < begin ? begin : result.position);
 #pragma unroll
   for (int j = 0; j < kStride; ++j) {
@@ -275,21 +296,21 @@ SPLITKERN_DEVICE CellAxis<kKernel, kStride> cell_axis(const AxisPatches& axis, i
   return result;
 }
 
+// How many outputs have a tap on position j of a cell, at most.
 template <int kKernel, int kStride>
-SPLITKERN_DEVICE bool read_at_all(const CellAxis<kKernel, kStride>& axis, int q) {
-  bool any = false;
-#pragma unroll
-  for (int j = 0; j < kStride; ++j) any = any || axis.reads[j][q];
-  return any;
+SPLITKERN_HOST_DEVICE constexpr int outputs_on(int j) {
+  return (kKernel - j + kStride - 1) / kStride;
 }
 
-// True where a window is square, of this size and stride, and not dilated.
+// True where a window is square, of this size and not dilated.
+template <class Params>
+bool has_window(const Params& params, int64_t kernel) {
+  const auto matches = [&](const WindowAxis& axis) { return axis.kernel == kernel && axis.dilation == 1; };
+  return matches(params.row_window) && matches(params.column_window);
+}
 template <class Params>
 bool has_window(const Params& params, int64_t kernel, int64_t stride) {
-  const auto matches = [&](const WindowAxis& axis) {
-    return axis.kernel == kernel && axis.stride == stride && axis.dilation == 1;
-  };
-  return matches(params.row_window) && matches(params.column_window);
+  return has_window(params, kernel) && params.row_window.stride == stride && params.column_window.stride == stride;
 }
 
 }  // namespace splitkern::kernels::nhwc

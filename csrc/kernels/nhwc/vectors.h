@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "../params.h"
 #include "../primitives.h"
@@ -157,6 +158,9 @@ template <class T, int kBytes>
 SPLITKERN_DEVICE float element_of(const Words<kBytes>& vector, int i) {
   if constexpr (sizeof(T) == 4) {
     return bits_float(vector.words[i]);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float: one instruction
+    const uint32_t word = vector.words[i / 2];
+    return bits_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
   } else {
     return to_accumulator(from_bits<T>(static_cast<uint16_t>(vector.words[i / 2] >> (i % 2 * 16))));
   }
