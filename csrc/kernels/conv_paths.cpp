@@ -178,6 +178,10 @@ void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, s
   launch_chosen(choice, only, traits, workspace, stream);
 }
 
+bool plain_path_is_forced() {
+  return forced_path.load(std::memory_order_relaxed) == static_cast<int32_t>(Path::kPlain);
+}
+
 }  // namespace splitkern::kernels
 
 extern "C" const char* splitkern_conv_paths() {
