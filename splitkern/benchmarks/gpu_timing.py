@@ -21,6 +21,7 @@ Call = Callable[[], Any]
 _MAX_SPIN_US = 20_000.0
 _MIN_SAMPLES = 3
 _MAX_SAMPLES = 60
+_PATIENCE_MS = 1500.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ class Timer(Protocol):
         """Times one call that takes the host `host_us` to queue, from a cold cache."""
 
 
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _spin(cycles: int) -> None:
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+
 class DeviceTimer:
     """CUDA events on the current stream."""
 
@@ -73,7 +82,7 @@ class DeviceTimer:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(max(2 * l2_bytes + l2_bytes // 2, 64 << 20), dtype=torch.uint8, device=device)
         self._value = 0
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._begin, self._end = (_event() for _ in range(2))
         self._cycles_per_us = self._spin_rate()
 
     def synchronize(self) -> None:
@@ -82,7 +91,7 @@ class DeviceTimer:
     def sample(self, call: Call, host_us: float) -> Sample:
         self._value = (self._value + 1) % 251
         self._flush.fill_(self._value)
-        torch.cuda._sleep(int(min(_MAX_SPIN_US, 1.5 * host_us + 30.0) * self._cycles_per_us))
+        _spin(int(min(_MAX_SPIN_US, 1.5 * host_us + 30.0) * self._cycles_per_us))
         self._begin.record()
         call()
         self._end.record()
@@ -94,10 +103,10 @@ class DeviceTimer:
         cycles = 2_000_000
         for _ in range(2):  # the first finds the clock low
             self._begin.record()
-            torch.cuda._sleep(cycles)
+            _spin(cycles)
             self._end.record()
             self._end.synchronize()
-        return cycles / (self._begin.elapsed_time(self._end) * 1e3)
+        return float(cycles / (self._begin.elapsed_time(self._end) * 1e3))
 
 
 class HostTimer:
@@ -149,7 +158,7 @@ def measure(
     def wanted(name: str) -> bool:
         taken = len(samples[name])
         if taken < _MIN_SAMPLES:
-            return taken == 0 or spent_ms[name] < 20 * budget_ms  # a call of seconds is timed once
+            return taken == 0 or spent_ms[name] < _PATIENCE_MS  # a call of seconds is timed once
         return spent_ms[name] < budget_ms and taken < (5 if name in fewer else _MAX_SAMPLES)
 
     turn = 0
@@ -199,7 +208,13 @@ class Ceilings:
 
 
 def measure_ceilings(
-    timer: Timer, dtype: torch.dtype, *, link: bool, side: int = 8192, copy_bytes: int = 1 << 31, link_bytes: int = 1 << 29
+    timer: Timer,
+    dtype: torch.dtype,
+    *,
+    link: bool,
+    side: int = 8192,
+    copy_bytes: int = 1 << 31,
+    link_bytes: int = 1 << 29,
 ) -> Ceilings:
     """Measures the ceilings; smaller sizes are for tests.
 
@@ -239,9 +254,10 @@ def measure_ceilings(
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """What a figure depends on beside the code: the GPU, its driver and libraries."""
+    cudnn: Any = torch.backends.cudnn
     facts: dict[str, Any] = {
         "torch_cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "cudnn": cudnn.version() if cudnn.is_available() else None,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

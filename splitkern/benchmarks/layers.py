@@ -9,7 +9,7 @@ layer at batch 32 and 128 on grids 1x1, 2x2, 4x4 and the uneven 3x2.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from splitkern.geometry import AxisNode, Bounds, Window, even_bounds, propagate
@@ -167,11 +167,13 @@ def _resnet50() -> Iterator[ConvLayer]:
             (f"{block}.1.conv2", middle, middle, after, 3, 1, 1, blocks - 1),
         ]
         merged: dict[tuple[int, ...], ConvLayer] = {}
-        for name, *shape, count in shapes:
+        for name, ins, outs, extent, kernel, step, padding, count in shapes:
             # In layer1 the projection has the shape of conv3, and no 3x3 has a stride: equal shapes are one layer.
-            before = merged.get(tuple(shape))
-            total = count + (before.count if before else 0)
-            merged[tuple(shape)] = ConvLayer(before.name if before else name, *shape, total, inside)
+            shape = (ins, outs, extent, kernel, step, padding)
+            if shape in merged:
+                merged[shape] = replace(merged[shape], count=merged[shape].count + count)
+            else:
+                merged[shape] = ConvLayer(name, ins, outs, extent, kernel, step, padding, count, inside)
         yield from merged.values()
 
 
