@@ -36,4 +36,10 @@ STABLE_TORCH_LIBRARY_IMPL(splitkern, CPU, library) {
   library.impl("patch_batch_norm_backward_reduce.out", TORCH_BOX(&patch_batch_norm_backward_reduce_out));
   library.impl("patch_batch_norm_backward_apply", TORCH_BOX(&patch_batch_norm_backward_apply));
   library.impl("patch_batch_norm_backward_apply.out", TORCH_BOX(&patch_batch_norm_backward_apply_out));
+  library.impl("offload", TORCH_BOX(&offload));
+  library.impl("offload.by", TORCH_BOX(&offload_by));
+  library.impl("prefetch", TORCH_BOX(&prefetch));
+  library.impl("prefetch.by", TORCH_BOX(&prefetch_by));
+  library.impl("offload_compressed", TORCH_BOX(&offload_compressed));
+  library.impl("prefetch_compressed", TORCH_BOX(&prefetch_compressed));
 }
