@@ -24,6 +24,11 @@ const char* name_of(const Tensor& tensor) {
   return torch::headeronly::toString(tensor.scalar_type());
 }
 
+void check_defined(const char* operation, const Tensor& src, const Tensor& dst) {
+  STD_TORCH_CHECK(src.defined(), operation, ": src must be a Tensor, got None");
+  STD_TORCH_CHECK(dst.defined(), operation, ": dst must be a Tensor, got None");
+}
+
 void check_host(const char* operation, const char* argument, const Tensor& host) {
   STD_TORCH_CHECK(host.is_cpu(), operation, ": ", argument, " must be a host (CPU) tensor, got one on ",
                   host.is_cuda() ? "cuda:" : "device ", host.get_device_index());
@@ -154,11 +159,13 @@ kernels::CompressParams check_compressed(const char* operation, const Tensor& de
 }  // namespace
 
 kernels::CopyWalk check_offload(const Tensor& src, const Tensor& dst) {
+  check_defined(kOffload, src, dst);
   check_host(kOffload, "dst", dst);
   return check_copy(kOffload, src, dst, dst, src);
 }
 
 kernels::CopyWalk check_prefetch(const Tensor& src, const Tensor& dst) {
+  check_defined(kPrefetch, src, dst);
   check_host(kPrefetch, "src", src);
   return check_copy(kPrefetch, src, dst, src, dst);
 }
@@ -177,10 +184,12 @@ kernels::CopyMethod parse_copy_method(const char* operation, StringArgument by) 
 }
 
 kernels::CompressParams check_offload_compressed(const Tensor& src, const Tensor& dst) {
+  check_defined(kOffloadCompressed, src, dst);
   return check_compressed(kOffloadCompressed, src, "src", dst, "dst");
 }
 
 kernels::CompressParams check_prefetch_compressed(const Tensor& src, const Tensor& dst) {
+  check_defined(kPrefetchCompressed, src, dst);
   check_written(kPrefetchCompressed, dst);
   return check_compressed(kPrefetchCompressed, dst, "dst", src, "src");
 }

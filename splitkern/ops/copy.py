@@ -350,12 +350,12 @@ def _refuse_gradients(name: str) -> None:
     overload = getattr(getattr(torch.ops.splitkern, operator), kind or "default")
 
     def kernel(keyset: torch._C.DispatchKeySet, src: Tensor, dst: Tensor, **options: Any) -> None:
-        if torch.is_grad_enabled() and (src.requires_grad or dst.requires_grad):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(src, dst):
             raise RuntimeError(
                 f"splitkern::{operator}: src and dst must not require grad where gradients are recorded; copy under "
                 f"torch.no_grad() or pass src.detach()"
             )
-        if not dst.is_inference():
+        if isinstance(dst, Tensor) and not dst.is_inference():
             torch.autograd.graph.increment_version(dst)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, src, dst, **options)

@@ -86,4 +86,8 @@ Tensor new_workspace(const Tensor& like, int64_t elements) {
   return torch::stable::new_empty(like, {&elements, 1}, type);
 }
 
+Workspace::Workspace(const Tensor& like, int64_t size_bytes) {
+  if (size_bytes > 0) tensor_ = torch::stable::new_empty(like, {&size_bytes, 1}, ScalarType::Byte);
+}
+
 }  // namespace splitkern::cuda

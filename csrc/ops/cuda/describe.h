@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "kernels/params.h"
@@ -32,5 +33,16 @@ int32_t reduction_segments(int64_t results, int64_t terms);
 // Uninitialised room for so many numbers of the accumulation type, on the device of `like`. Freed after
 // the launch, for torch's allocator hands it out again only behind the work queued on the same stream.
 Tensor new_workspace(const Tensor& like, int64_t elements);
+
+// Uninitialised bytes on the device of `like`, for as long as new_workspace's. None: no allocation, null.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t size_bytes);
+
+  void* data() const { return tensor_.has_value() ? tensor_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
 
 }  // namespace splitkern::cuda
