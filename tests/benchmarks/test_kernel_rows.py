@@ -6,6 +6,8 @@ Only the timer differs from a run on a GPU: candidates, geometry, truths and rec
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,30 @@ def test_a_lost_device_ends_the_run() -> None:
     with pytest.raises(DeviceLost, match="illegal memory access"):
         run_rows(record, [("fails", {}, fails), ("never", {}, fails)], Lost())
     assert list(record.rows) == ["fails"]
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from splitkern.benchmarks.gpu_timing import HostTimer
+from splitkern.benchmarks.record import Record
+from splitkern.benchmarks.rows import run_rows
+
+header = {"benchmark": "conv", "options": {}, "commit": "c", "machine": {}}
+record = Record(header, Path(sys.argv[1]), resume=True)
+tasks = [("hangs", {}, lambda: time.sleep(600)), ("runs", {}, lambda: {"status": "ok"})]
+run_rows(record, tasks, HostTimer(), row_seconds=0.5)
+"""
+
+
+def test_a_row_that_hangs_ends_the_process_and_is_not_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-c", HANGS, str(path)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert "Timeout" in process.stderr
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    assert [row["status"] for row in json.loads(path.read_text())["rows"].values()] == ["lost", "ok"]
 
 
 # --- the commands ---------------------------------------------------------------------------------
