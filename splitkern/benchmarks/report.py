@@ -110,7 +110,8 @@ def _note(row: Row) -> str:
 def _conv_table(rows: Sequence[Row], table: Format) -> str:
     header = [
         "layer", "shape", "pass", "grid", "batch", "path", "one launch ms", "per patch ms", "cuDNN ms", "loop ms",
-        "cuDNN/one", "cuDNN/patch", "loop/one", "TFLOP/s", "of matmul", "of copy", "bound", "host µs, one and per patch", "",
+        "cuDNN/one", "cuDNN/patch", "loop/one", "TFLOP/s", "of matmul", "of copy", "bound",
+        "host µs, one and per patch", "",
     ]  # fmt: skip
     lines = [
         [
