@@ -23,7 +23,7 @@ RATIOS = {
         "loop_over_patch": "loop / per patch",
     },
     "pool": {"torch_over_layer": "PyTorch / one launch", "torch_over_patch": "PyTorch / per patch"},
-    "copy": {"torch_over_ours": "PyTorch / ours"},
+    "copy": {"torch_over_ours": "PyTorch / ours", "memcpy2d_over_ours": "memcpy2D / ours"},
 }
 
 
@@ -145,12 +145,13 @@ def _pool_table(rows: Sequence[Row], table: Format) -> str:
 
 def _copy_table(rows: Sequence[Row], table: Format) -> str:
     header = [
-        "copy", "direction", "view", "bytes", "ours ms", "PyTorch ms", "PyTorch/ours", "GB/s", "of link",
-        "slows a convolution by", "",
+        "copy", "direction", "view", "bytes", "ours ms", "engine ms", "kernel ms", "PyTorch ms", "memcpy2D ms",
+        "PyTorch/ours", "GB/s", "of link", "slows a convolution by", "",
     ]  # fmt: skip
     lines = [
         [
-            row["layer"], row["pass"], row["shape"], str(row["bytes"]), *(_ms(row, name) for name in ("ours", "torch")),
+            row["layer"], row["pass"], row["shape"], str(row["bytes"]),
+            *(_ms(row, name) for name in ("ours", "engine", "kernel", "torch", "memcpy2d")),
             _text(row.get("torch_over_ours"), ".2f"), _text(row.get("gbps"), ".1f"),
             _text(row.get("link_share"), ".0%"), _text(row.get("slowdown"), ".1%"), _note(row),
         ]
