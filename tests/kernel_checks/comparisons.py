@@ -92,6 +92,11 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
     if layout == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     n, c, h, w = shape
+    if layout == "aligned channels_last view":  # what a patch of a joined tensor is
+        parent = torch.full((n + 1, c + 16, h + 3, w + 2), 1e3, dtype=dtype)
+        view = parent.contiguous(memory_format=torch.channels_last)[1:, 8 : c + 8, 2 : h + 2, 1 : w + 1]
+        view.copy_(values)
+        return view
     if layout in ("view", "channels_last view"):
         parent = torch.full((n + 1, c + 2, h + 3, w + 2), 1e3, dtype=dtype)
         if layout == "channels_last view":
@@ -216,11 +221,11 @@ def max_pool2d(operators: Operators, case: Case, dtype: torch.dtype, layout: str
     assert_accurate("patch_max_pool2d_backward", backward, truths[0], sames[0], g.kernel[0] * g.kernel[1])
 
 
-def max_pool2d_nan(operators: Operators, case: Case, dtype: torch.dtype) -> None:
+def max_pool2d_nan(operators: Operators, case: Case, dtype: torch.dtype, layout: str = "contiguous") -> None:
     """As in PyTorch, a NaN in the window wins, and the last one if there are several."""
     g = case.geometry
     generator = torch.Generator().manual_seed(3)
-    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, "contiguous", generator)
+    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator)
     input[torch.rand(input.shape, generator=generator) < 0.15] = float("nan")
     window = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), *g.bounds]
     values, offsets = operators("patch_max_pool2d", input, *window)
