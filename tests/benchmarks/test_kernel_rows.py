@@ -333,7 +333,14 @@ def test_conv_command(on_the_cpu: None, tmp_path: Path, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert path.read_bytes() == before
     assert captured.err == ""
-    for part in ("net.first", "3->4 7x7 stride 2 at 12", "cuDNN / one launch", "worst row", "some bf16 path", "commit abc"):
+    for part in (
+        "net.first",
+        "3->4 7x7 stride 2 at 12",
+        "cuDNN / one launch",
+        "worst row",
+        "some bf16 path",
+        "commit abc",
+    ):
         assert part in captured.out
     assert main(["bench", "report", str(path)]) == 0
     assert capsys.readouterr().out == captured.out
