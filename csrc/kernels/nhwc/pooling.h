@@ -229,6 +229,16 @@ std::string extent_refusal(const Params& params, const Region& region) {
   return "the launch would need more than 2^31 indices";
 }
 
+// The struct of these kernels: that of the launcher, and what is worked out once per launch.
+template <class NhwcParams, class Params>
+NhwcParams with_windows(const Params& params) {
+  NhwcParams result{};
+  static_cast<Params&>(result) = params;
+  result.rows_of_window = window_of(params.row_window);
+  result.columns_of_window = window_of(params.column_window);
+  return result;
+}
+
 inline Range output_rows(const PatchGrid& grid) {
   return {grid.rows.out_bounds[0], grid.rows.out_bounds[grid.rows.patches]};
 }

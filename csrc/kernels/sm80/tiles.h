@@ -77,6 +77,50 @@ SPLITKERN_DEVICE void multiply(Accumulators<Tile>& sums, const Fragments<Tile>& 
   }
 }
 
+// --- The main loop ----------------------------------------------------------------------------------
+
+// Adds up `stages` > 0 stages. issue() starts the copies of the next stage, as long as there are any, and commits
+// them as one group, also an empty one: the count of copy_async_wait then stays right to the end. load(fragments,
+// stage, step) takes a warp's fragments from a stage of the ring. Ends with copies done but fragments possibly being
+// read: a barrier before shared memory gets another use.
+template <class Tile, class Issue, class Load>
+SPLITKERN_DEVICE void multiply_stages(Accumulators<Tile>& sums, int32_t stages, Issue&& issue, Load&& load) {
+#pragma unroll
+  for (int32_t i = 0; i < kStages - 1; ++i) issue();
+  copy_async_wait<kStages - 2>();
+  block_barrier();
+  int32_t read_stage = 0;
+  if constexpr (Tile::kTf32) {
+    // Rounding takes registers that loading fragments ahead would need.
+    for (int32_t remaining = stages; remaining > 0; --remaining) {
+      issue();  // into the stage that every warp has left before the last barrier
+#pragma unroll
+      for (int32_t step = 0; step < kSteps; ++step) {
+        Fragments<Tile> fragments;
+        load(fragments, read_stage, step);
+        multiply(sums, fragments);
+      }
+      copy_async_wait<kStages - 2>();
+      block_barrier();
+      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+    }
+  } else {
+    Fragments<Tile> fragments[kSteps];
+    load(fragments[0], read_stage, 0);
+    for (int32_t remaining = stages; remaining > 0; --remaining) {
+      load(fragments[1], read_stage, 1);
+      issue();  // into the stage that every warp has left before the last barrier
+      multiply(sums, fragments[0]);
+      copy_async_wait<kStages - 2>();
+      block_barrier();
+      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+      // Behind the last stage this reads an old one, and nobody uses it: cheaper than a branch here.
+      load(fragments[0], read_stage, 0);
+      multiply(sums, fragments[1]);
+    }
+  }
+}
+
 // --- Operands whose reduction is contiguous: rows of kStageBytes ------------------------------------
 
 // Byte offset of a vector. Two rows span the 32 banks, so a row pair's index picks the permutation: eight
