@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import splitkern.ops
 from splitkern.benchmarks.gpu_timing import Call
 from splitkern.benchmarks.record import Row
 from splitkern.benchmarks.rows import Check, Setting, add_ratios, median_ms, timed
