@@ -122,6 +122,13 @@ SPLITKERN_DEVICE int64_t source_of(const WindowAxis& window, int32_t position, i
   }
 }
 
+// A position counted from a patch's first one, in 32 bits: what lies far outside the patch stays outside.
+inline constexpr int32_t kFarAway = 1 << 30;
+SPLITKERN_DEVICE int32_t relative_to(int32_t begin, int64_t position) {
+  const int64_t relative = position - begin;
+  return static_cast<int32_t>(relative < -kFarAway || relative > kFarAway ? -kFarAway : relative);
+}
+
 // kRun destinations of a row, all in one patch.
 struct Run {
   int32_t begin;
