@@ -442,3 +442,18 @@ def max_pool2d_equal(operators: Operators, others: Operators, case: Case, dtype:
         o("patch_max_pool2d_backward", grad_output, offsets, list(input.shape), *window) for o in (operators, others)
     ]
     assert torch.equal(grads[0], grads[1]), "gradients differ"
+
+
+def avg_pool2d_equal(operators: Operators, others: Operators, case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Two implementations of average pooling agree to the bit."""
+    g = case.geometry
+    generator = torch.Generator().manual_seed(13)
+    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator)
+    input[torch.rand(input.shape, generator=generator) < 0.1] = -0.0
+    grad_output = random_tensor((case.batch, case.in_channels, *g.out_size), dtype, layout, generator)
+    for count_include_pad, divisor_override in ((True, None), (False, None), (False, 7), (True, -2)):
+        window = [list(g.kernel), list(g.stride), list(g.padding), count_include_pad, divisor_override, *g.bounds]
+        outputs = [o("patch_avg_pool2d", input, *window) for o in (operators, others)]
+        assert torch.equal(_bits(outputs[0]), _bits(outputs[1])), "averages differ"
+        grads = [o("patch_avg_pool2d_backward", grad_output, list(input.shape), *window) for o in (operators, others)]
+        assert torch.equal(_bits(grads[0]), _bits(grads[1])), "gradients differ"
