@@ -129,7 +129,12 @@ def test_contiguous_dimensions_do_not_count_as_one() -> None:
         (X, torch.zeros(3, 100, dtype=torch.uint8), ValueError, "must have 1 dimension of stride 1"),
         (X, torch.zeros(600, dtype=torch.uint8)[::2], ValueError, "must have 1 dimension of stride 1"),
         (X, torch.zeros(600, dtype=torch.uint8)[8:], ValueError, "must begin at a multiple of 16 bytes"),
-        (X.to(torch.complex128), torch.zeros(600, dtype=torch.uint8), TypeError, "must have elements of 1, 2, 4 or 8 bytes"),
+        (
+            X.to(torch.complex128),
+            torch.zeros(600, dtype=torch.uint8),
+            TypeError,
+            "must have elements of 1, 2, 4 or 8 bytes",
+        ),
         (torch.zeros([1] * 9), torch.zeros(600, dtype=torch.uint8), ValueError, "must have at most 8 dimensions"),
     ],
     ids=["small", "type", "rank", "stride", "alignment", "element", "dimensions"],
