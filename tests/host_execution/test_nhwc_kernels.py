@@ -14,7 +14,7 @@ import torch
 
 from splitkern._library import forced_path
 from tests.kernel_checks import comparisons
-from tests.kernel_checks.cases import GENERATED, NAMED, ONE_PATCH_WITHOUT_PADDING, Case, even, square
+from tests.kernel_checks.cases import GENERATED, NAMED, ONE_PATCH_WITHOUT_PADDING, Case, even, square, without_dilation
 from tests.kernel_checks.comparisons import Operators, random_tensor
 
 BY_NAME = {case.name: case for case in NAMED}
@@ -127,3 +127,21 @@ def test_offsets_of_another_call_read_nothing(operators: Operators, plain: Opera
     ):
         ours, plains = (o(name, *arguments, *window) for o in (operators, plain))
         assert torch.equal(comparisons._bits(ours), comparisons._bits(plains)), name
+
+
+@each_case
+@each_layout
+def test_avg_pool2d(
+    operators: Operators, plain: Operators, case: Case, channels: int, dtype: torch.dtype, layout: str
+) -> None:
+    case = without_dilation(with_channels(case, channels))
+    comparisons.avg_pool2d(operators, case, dtype, layout)
+    comparisons.avg_pool2d_equal(operators, plain, case, dtype, layout)
+
+
+@each_case
+@each_layout
+def test_batch_norm(operators: Operators, case: Case, channels: int, dtype: torch.dtype, layout: str) -> None:
+    relu = channels != 20
+    affine = {8: dtype, 20: None, 6: torch.float32, 24: torch.float32, 3: dtype}[channels]
+    comparisons.batch_norm(operators, with_channels(case, channels), dtype, layout, relu=relu, affine=affine)

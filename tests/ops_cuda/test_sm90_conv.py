@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import splitkern as sk
-import splitkern.ops  # noqa: F401  (registers the operators)
 from splitkern._library import forced_path
 from tests.kernel_checks import comparisons, first_principles
 from tests.kernel_checks.cases import Case
