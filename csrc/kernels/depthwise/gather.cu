@@ -355,9 +355,11 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
   }
   const bool wide = call.type == ElementType::kFloat32;
   const int32_t elements = wide ? 4 : 8;
-  plan.depthwise = call.source_channels == 1 && call.destination_channels == 1 &&
-                   takes_vectors(call.source, call.source_strides, call.groups, elements, 16) &&
-                   takes_vectors(call.destination, call.destination_strides, call.groups, elements, 16);
+  plan.depthwise =
+      call.source_channels == 1 && call.destination_channels == 1 &&
+      takes_vectors(call.source, call.source_strides, extents_in(call.grid, call.batch, call.groups), elements, 16) &&
+      takes_vectors(call.destination, call.destination_strides, extents_out(call.grid, call.batch, call.groups),
+                    elements, 16);
   int64_t lane_bytes;
   int64_t most_lanes;
   if (plan.depthwise) {
@@ -365,7 +367,8 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
     lane_bytes = taps_of(call) * elements * static_cast<int64_t>(sizeof(float));
     most_lanes = kMaxDepthwiseLanes;
   } else {
-    plan.vector_loads = takes_vectors(call.source, call.source_strides, call.source_channels, 4, wide ? 16 : 8);
+    plan.vector_loads = takes_vectors(call.source, call.source_strides,
+                                      extents_in(call.grid, call.batch, call.source_channels), 4, wide ? 16 : 8);
     const int64_t vectors =
         static_cast<int64_t>(call.groups) * ((call.destination_channels + kGroupResults - 1) / kGroupResults);
     call.vectors = static_cast<int32_t>(vectors);

@@ -320,8 +320,10 @@ std::string plan_call(const ConvWeightGradParams& params, const DeviceTraits& tr
   }
   plan.elements = taps * params.out_channels * params.in_channels_per_group;
   plan.depthwise = params.in_channels_per_group == 1 && params.out_channels_per_group == 1 &&
-                   takes_vectors(params.input, params.input_strides, call.groups, elements, 16) &&
-                   takes_vectors(params.grad_output, params.grad_output_strides, call.groups, elements, 16);
+                   takes_vectors(params.input, params.input_strides, extents_in(params.grid, params.batch, call.groups),
+                                 elements, 16) &&
+                   takes_vectors(params.grad_output, params.grad_output_strides,
+                                 extents_out(params.grid, params.batch, call.groups), elements, 16);
   call.in_blocks = blocks_of(params.in_channels_per_group, kBlockChannels);
   call.out_blocks = blocks_of(params.out_channels_per_group, kBlockChannels);
   const int64_t vectors =
@@ -342,8 +344,10 @@ std::string plan_call(const ConvWeightGradParams& params, const DeviceTraits& tr
     return "the sums of a block take " + std::to_string(plan.shared_bytes) + " bytes of shared memory";
   }
   plan.vector_loads =
-      takes_vectors(params.input, params.input_strides, params.in_channels_per_group, 4, wide ? 16 : 8) &&
-      takes_vectors(params.grad_output, params.grad_output_strides, params.out_channels_per_group, 4, wide ? 16 : 8);
+      takes_vectors(params.input, params.input_strides,
+                    extents_in(params.grid, params.batch, params.in_channels_per_group), 4, wide ? 16 : 8) &&
+      takes_vectors(params.grad_output, params.grad_output_strides,
+                    extents_out(params.grid, params.batch, params.out_channels_per_group), 4, wide ? 16 : 8);
 
   const AxisPatches& columns = call.grid.columns;
   int64_t runs = 0;

@@ -240,23 +240,20 @@ __global__ void __launch_bounds__(kThreads, 2) first_layer_forward_kernel(const 
   }
 }
 
-bool multiple_of(int64_t value, int64_t factor) {
-  return value % factor == 0;
-}
-
 std::string describe(const ConvForwardParams& params, const DeviceTraits& traits, ForwardCall& call) {
   static_cast<ConvForwardParams&>(call) = params;
   std::string refused =
       cut_tiles(params.row_window, params.column_window, params.grid, params.batch, kTilePixels, call.tiles);
   if (!refused.empty()) return refused;
   const bool wide = params.type == ElementType::kFloat32;
-  const int64_t elements = wide ? 4 : 8;  // in a 16-byte store
   call.tap_groups = static_cast<int32_t>((params.row_window.kernel * params.column_window.kernel + 3) / 4);
   call.channel_blocks = (params.out_channels + kOutChannels - 1) / kOutChannels;
   call.vector_stores =
-      params.output_strides.channel == 1 && multiple_of(params.out_channels, elements) &&
-      multiple_of(params.output_strides.batch, elements) && multiple_of(params.output_strides.row, elements) &&
-      multiple_of(params.output_strides.column, elements) && reinterpret_cast<uintptr_t>(params.output) % 16 == 0;
+      vector_refusal("output", params.output, params.output_strides,
+                     {params.batch, params.out_channels, params.grid.rows.out_bounds[params.grid.rows.patches],
+                      params.grid.columns.out_bounds[params.grid.columns.patches]},
+                     wide ? 4 : 8, 16)
+          .empty();
   const size_t bytes =
       wide ? shared_bytes<float>(call.tiles, call.tap_groups) : shared_bytes<Half>(call.tiles, call.tap_groups);
   const int64_t most_bytes =

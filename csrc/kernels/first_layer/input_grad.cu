@@ -159,8 +159,11 @@ std::string refusal(const ConvInputGradParams& params, const DeviceTraits& trait
                                        params.in_channels_per_group, params.row_window, params.column_window);
   if (!refused.empty()) return refused;
   const int64_t elements = params.type == ElementType::kFloat32 ? 4 : 8;
-  refused = vector_refusal("grad_output", params.grad_output, params.grad_output_strides, params.out_channels_per_group,
-                           elements);
+  refused = vector_refusal(
+      "grad_output", params.grad_output, params.grad_output_strides,
+      {params.batch, params.out_channels_per_group, params.grid.rows.out_bounds[params.grid.rows.patches],
+       params.grid.columns.out_bounds[params.grid.columns.patches]},
+      elements, 16);
   if (!refused.empty()) return refused;
   const int64_t most_bytes =
       std::min(traits.shared_memory_bytes, shared_budget("first_layer::first_layer_input_grad_kernel"));

@@ -424,8 +424,10 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
                      params.in_channels_per_group, params.row_window, params.column_window);
   if (!refused.empty()) return refused;
   if (params.out_channels > kOutChannels * 1024) return "there are too many output channels";
-  refused = vector_refusal("grad_output", params.grad_output, params.grad_output_strides, params.out_channels,
-                           params.type == ElementType::kFloat32 ? 4 : 8);
+  refused = vector_refusal("grad_output", params.grad_output, params.grad_output_strides,
+                           {params.batch, params.out_channels, params.grid.rows.out_bounds[params.grid.rows.patches],
+                            params.grid.columns.out_bounds[params.grid.columns.patches]},
+                           params.type == ElementType::kFloat32 ? 4 : 8, 16);
   if (!refused.empty()) return refused;
   WeightGradCall call{};
   return describe(params, traits, call);
