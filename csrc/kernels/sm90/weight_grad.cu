@@ -1,0 +1,504 @@
+// Gradient of the patch convolution with respect to its weight on Hopper. Called through sm90/conv.h.
+// The product [out channels x pixels] * [pixels x (tap, in channel)] reads both operands as they lie in
+// NHWC memory, pixel after pixel, by im2col loads whose maps end at each patch's borders. The reduction
+// over the pixels of all patches is cut into equal shares, one per block whatever the number of output
+// tiles (a share may end one tile and begin the next); the shares are fixed by the shape and the number of
+// multiprocessors, and a second kernel adds a tile's partial sums in their order: every run gives the same bits.
+#include <algorithm>
+
+#include "../dispatch.h"
+#include "conv.h"
+#include "geometry.h"
+
+namespace splitkern::kernels::sm90 {
+namespace {
+
+constexpr int32_t kChunkPixels = 64;   // of the reduction, per pipeline stage
+constexpr int32_t kUnitChannels = 64;  // a unit: one tap of 64 input channels, 64 columns of the product
+constexpr int32_t kBoxBytes = kChunkPixels * kUnitChannels * 2;
+constexpr int32_t kMaxPatches = 116;
+constexpr int32_t kThreads = 384;  // one producer warpgroup, two that multiply
+constexpr int32_t kReduceThreads = 256;
+
+struct WeightGradParams {
+  static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
+  TensorMap grad_output[kMaxPatches];
+  TensorMap input[kMaxPatches];
+  struct Patch {
+    int32_t out_columns;
+    int32_t out_rows;
+    int32_t lower_column;  // of the input positions that tap (0, 0) reads
+    int32_t lower_row;
+    int32_t chunk_begin;  // of this patch among all chunks
+  } patches[kMaxPatches];
+  int32_t patch_count;
+  int32_t chunks;  // of all patches
+  int32_t column_stride;
+  int32_t row_stride;
+  int32_t column_dilation;
+  int32_t row_dilation;
+  int32_t kernel_columns;
+  int32_t channel_blocks;  // of 64 input channels
+  int32_t units;           // taps * channel_blocks
+  int32_t row_tiles;
+  int32_t column_tiles;
+  float* partial_sums;  // [block + tile][kRows][kColumns]
+};
+static_assert(sizeof(WeightGradParams) <= 32764, "kernel parameters are limited to 32764 bytes");
+
+struct ReduceParams {
+  static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
+  ElementType type;
+  int32_t out_channels;
+  int32_t in_channels;
+  int32_t channel_blocks;
+  int32_t units;
+  int32_t kernel_columns;
+  int32_t row_tiles;
+  int32_t tile_rows;
+  int32_t tile_units;
+  int32_t chunks;
+  int32_t blocks;  // that the first kernel ran
+  int32_t tiles;
+  bool accumulate;
+  Strides4 output_strides;
+  const float* partial_sums;
+  void* output;
+};
+
+// kRowBlocks = 2: each multiplying warpgroup takes 64 of the tile's 128 output channels and all its units.
+// kRowBlocks = 1: both take the same 64 output channels and half of the units each.
+template <int kRowBlocksValue, int kUnitsPerGroupValue, int kStagesValue>
+struct Tile {
+  static constexpr int kRowBlocks = kRowBlocksValue;
+  static constexpr int kUnitsPerGroup = kUnitsPerGroupValue;
+  static constexpr int kStages = kStagesValue;
+  static constexpr int kUnits = kRowBlocks == 2 ? kUnitsPerGroup : 2 * kUnitsPerGroup;
+  static constexpr int kRows = 64 * kRowBlocks;
+  static constexpr int kColumns = kUnitChannels * kUnits;
+  static constexpr int kGroupColumns = kUnitChannels * kUnitsPerGroup;
+  static_assert(kGroupColumns <= 256, "a warpgroup product is at most 256 columns wide");
+};
+
+template <class Tile>
+struct Storage {
+  struct Stage {
+    unsigned char grad_output[Tile::kRowBlocks][kBoxBytes];
+    unsigned char input[Tile::kUnits][kBoxBytes];
+  };
+  alignas(1024) Stage stages[Tile::kStages];
+  Barrier full[Tile::kStages];
+  Barrier empty[Tile::kStages];
+};
+
+// The work of one block: items [begin, end) of tiles * chunks, tile after tile.
+struct Share {
+  int64_t begin;
+  int64_t end;
+};
+SPLITKERN_DEVICE Share share_of(int64_t block, int64_t blocks, int64_t items) {
+  return {block * items / blocks, (block + 1) * items / blocks};
+}
+
+struct Ring {
+  int32_t stage = 0;
+  uint32_t parity = 0;
+  template <int kStages>
+  SPLITKERN_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <class Tile>
+SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& shared, Share share) {
+  Ring ring;
+  int32_t patch = 0;
+  for (int64_t item = share.begin; item < share.end;) {
+    const int32_t tile = static_cast<int32_t>(item / params.chunks);
+    int32_t chunk = static_cast<int32_t>(item - static_cast<int64_t>(tile) * params.chunks);
+    const int64_t left_in_tile = params.chunks - chunk;
+    const int64_t left = share.end - item < left_in_tile ? share.end - item : left_in_tile;
+    const int32_t column_tile = tile / params.row_tiles;
+    const int32_t first_row = (tile - column_tile * params.row_tiles) * Tile::kRows;
+    const int32_t first_unit = column_tile * Tile::kUnits;
+    const int32_t units = params.units - first_unit < Tile::kUnits ? params.units - first_unit : Tile::kUnits;
+    patch = 0;
+    for (int64_t done = 0; done < left; ++done, ++chunk) {
+      while (patch + 1 < params.patch_count && params.patches[patch + 1].chunk_begin <= chunk) ++patch;
+      const WeightGradParams::Patch& box = params.patches[patch];
+      int32_t pixel = (chunk - box.chunk_begin) * kChunkPixels;
+      const int32_t line = pixel / box.out_columns;
+      const int32_t column = pixel - line * box.out_columns;
+      const int32_t image = line / box.out_rows;
+      const int32_t row = line - image * box.out_rows;
+
+      typename Storage<Tile>::Stage& stage = shared.stages[ring.stage];
+      Barrier& full = shared.full[ring.stage];
+      barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      barrier_arrive_expect(full, (Tile::kRowBlocks + units) * kBoxBytes);
+      for (int32_t block = 0; block < Tile::kRowBlocks; ++block) {
+        tma_load_im2col(stage.grad_output[block], params.grad_output[patch], full, first_row + 64 * block, column, row,
+                        image, 0, 0);
+      }
+      int32_t tap = first_unit / params.channel_blocks;
+      int32_t channel_block = first_unit - tap * params.channel_blocks;
+      int32_t tap_row = tap / params.kernel_columns;
+      int32_t tap_column = tap - tap_row * params.kernel_columns;
+      for (int32_t unit = 0; unit < units; ++unit) {
+        tma_load_im2col(stage.input[unit], params.input[patch], full, channel_block * kUnitChannels,
+                        box.lower_column + column * params.column_stride, box.lower_row + row * params.row_stride,
+                        image, static_cast<uint16_t>(tap_column * params.column_dilation),
+                        static_cast<uint16_t>(tap_row * params.row_dilation));
+        if (++channel_block == params.channel_blocks) {
+          channel_block = 0;
+          if (++tap_column == params.kernel_columns) {
+            tap_column = 0;
+            ++tap_row;
+          }
+        }
+      }
+      ring.advance<Tile::kStages>();
+    }
+    item += left;
+  }
+}
+
+template <class T, class Tile>
+SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& shared, Share share, int32_t group) {
+  constexpr int32_t kGroupColumns = Tile::kGroupColumns;
+  const int32_t thread = static_cast<int32_t>(thread_index()) % 128;
+  const int32_t row_block = Tile::kRowBlocks == 2 ? group : 0;
+  const int32_t first_unit = Tile::kRowBlocks == 2 ? 0 : group * Tile::kUnitsPerGroup;
+  Ring ring;
+  float sums[kGroupColumns / 2];
+  for (int64_t item = share.begin; item < share.end;) {
+    const int32_t tile = static_cast<int32_t>(item / params.chunks);
+    const int64_t left_in_tile = static_cast<int64_t>(tile + 1) * params.chunks - item;
+    const int64_t left = share.end - item < left_in_tile ? share.end - item : left_in_tile;
+    int32_t previous = -1;
+    for (int64_t done = 0; done < left; ++done) {
+      typename Storage<Tile>::Stage& stage = shared.stages[ring.stage];
+      barrier_wait(shared.full[ring.stage], ring.parity);
+      const uint64_t a = matrix_descriptor(stage.grad_output[row_block], Swizzle::k128Bytes, kBoxBytes, 1024);
+      const uint64_t b = matrix_descriptor(stage.input[first_unit], Swizzle::k128Bytes, kBoxBytes, 1024);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kChunkPixels / 16; ++step) {
+        wgmma<T, kGroupColumns, true, true>(sums, advance(a, 2048 * step), advance(b, 2048 * step),
+                                            done != 0 || step != 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();  // the batch before has been read
+      if (previous >= 0 && thread == 0) barrier_arrive(shared.empty[previous]);
+      previous = ring.stage;
+      ring.advance<Tile::kStages>();
+    }
+    wgmma_wait<0>();
+    if (thread == 0) barrier_arrive(shared.empty[previous]);
+
+    // Columns of units that the last tile lacks hold whatever the stage held: the reduction does not read them.
+    float* slot = params.partial_sums + (static_cast<int64_t>(block_index().x) + tile) * (Tile::kRows * Tile::kColumns);
+    float* corner = slot + (64 * row_block + 16 * (thread / 32) + thread % 32 / 4) * Tile::kColumns +
+                    first_unit * kUnitChannels + 2 * (thread % 4);
+#pragma unroll
+    for (int i = 0; i < kGroupColumns / 2; i += 2) {
+      store_global(corner + 8 * (i / 2 % 2) * Tile::kColumns + 8 * (i / 4),
+                   Vector8{{float_bits(sums[i]), float_bits(sums[i + 1])}});
+    }
+    item += left;
+  }
+}
+
+template <class T, class Tile>
+__global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_constant__ WeightGradParams params) {
+  Storage<Tile>& shared = dynamic_shared<Storage<Tile>>();
+  if (thread_index() == 0) {
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      barrier_init(shared.full[stage], 1);
+      barrier_init(shared.empty[stage], 2);
+    }
+    barrier_init_fence();
+  }
+  block_barrier();
+  const int64_t items = static_cast<int64_t>(params.row_tiles) * params.column_tiles * params.chunks;
+  const Share share = share_of(block_index().x, grid_extent().x, items);
+  const int32_t warpgroup = static_cast<int32_t>(warp_index()) / 4;
+  if (warpgroup == 0) {
+    release_registers<40>();
+    if (thread_index() == 0) produce(params, shared, share);
+  } else {
+    claim_registers<232>();
+    multiply<T>(params, shared, share, warpgroup - 1);
+  }
+}
+
+// kGroups neighbours in a block share one vector of four columns: each adds every kGroups-th partial sum, then
+// the first adds theirs in order.
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const __grid_constant__ ReduceParams params) {
+  constexpr int32_t kVectors = kReduceThreads / kGroups;
+  struct Sums {
+    float values[kGroups][kVectors][4];
+  };
+  Sums& shared = dynamic_shared<Sums>();
+  const int32_t vector = static_cast<int32_t>(thread_index()) % kVectors;
+  const int32_t group = static_cast<int32_t>(thread_index()) / kVectors;
+  const int64_t vectors_per_row = static_cast<int64_t>(params.units) * (kUnitChannels / 4);
+  const int64_t index = static_cast<int64_t>(block_index().x) * kVectors + vector;
+  const int32_t row = static_cast<int32_t>(index / vectors_per_row);
+  const int32_t column = static_cast<int32_t>(index - row * vectors_per_row) * 4;
+  const int32_t unit = column / kUnitChannels;
+  const int32_t tap = unit / params.channel_blocks;
+  const int32_t channel = (unit - tap * params.channel_blocks) * kUnitChannels + column % kUnitChannels;
+  const bool wanted = row < params.out_channels && channel < params.in_channels;
+
+  float sums[4] = {0, 0, 0, 0};
+  if (wanted) {
+    const int32_t row_tile = row / params.tile_rows;
+    const int32_t column_tile = unit / params.tile_units;
+    const int64_t tile = static_cast<int64_t>(column_tile) * params.row_tiles + row_tile;
+    const int64_t items = static_cast<int64_t>(params.tiles) * params.chunks;
+    // The block that holds item q is the last whose share begins at or before it.
+    const int64_t first = ((tile * params.chunks + 1) * params.blocks - 1) / items;
+    const int64_t last = ((tile + 1) * params.chunks * params.blocks - 1) / items;
+    const int32_t tile_columns = params.tile_units * kUnitChannels;
+    const int64_t slot_elements = static_cast<int64_t>(params.tile_rows) * tile_columns;
+    const float* partial = params.partial_sums +
+                           static_cast<int64_t>(row - row_tile * params.tile_rows) * tile_columns +
+                           (column - column_tile * tile_columns);
+#pragma unroll 4
+    for (int64_t block = first + group; block <= last; block += kGroups) {
+      const Vector16 value = load_global<Vector16>(partial + (block + tile) * slot_elements);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] += bits_float(value.words[i]);
+    }
+  }
+  if constexpr (kGroups > 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) shared.values[group][vector][i] = sums[i];
+    block_barrier();
+    if (group != 0) return;
+    for (int other = 1; other < kGroups; ++other) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] += shared.values[other][vector][i];
+    }
+  }
+  if (!wanted) return;
+  const int32_t tap_row = tap / params.kernel_columns;
+  T* output = static_cast<T*>(params.output) + row * params.output_strides.batch +
+              channel * params.output_strides.channel + tap_row * params.output_strides.row +
+              (tap - tap_row * params.kernel_columns) * params.output_strides.column;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (channel + i >= params.in_channels) return;
+    if (params.accumulate) sums[i] += to_accumulator(*output);
+    *output = from_accumulator<T>(sums[i]);
+    output += params.output_strides.channel;
+  }
+}
+
+// What the shape decides before any pointer is known.
+struct Schedule {
+  int32_t row_blocks;       // Tile::kRowBlocks
+  int32_t units_per_group;  // Tile::kUnitsPerGroup
+  int32_t tile_units;
+  int32_t units;
+  int32_t row_tiles;
+  int32_t column_tiles;
+  int32_t chunks;
+  int32_t blocks;
+
+  int64_t slots() const { return static_cast<int64_t>(blocks) + int64_t{row_tiles} * column_tiles; }
+  int64_t slot_elements() const { return int64_t{64} * row_blocks * tile_units * kUnitChannels; }
+};
+
+int64_t patch_chunks(const ConvWeightGradParams& params, int32_t row_patch, int32_t column_patch) {
+  const AxisPatches& rows = params.grid.rows;
+  const AxisPatches& columns = params.grid.columns;
+  const int64_t pixels = int64_t{params.batch} * (rows.out_bounds[row_patch + 1] - rows.out_bounds[row_patch]) *
+                         (columns.out_bounds[column_patch + 1] - columns.out_bounds[column_patch]);
+  return (pixels + kChunkPixels - 1) / kChunkPixels;
+}
+
+Schedule schedule_of(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  Schedule schedule{};
+  const int32_t taps = static_cast<int32_t>(params.row_window.kernel * params.column_window.kernel);
+  schedule.units = taps * ((params.in_channels_per_group + kUnitChannels - 1) / kUnitChannels);
+  schedule.row_blocks = params.out_channels > 64 ? 2 : 1;
+  if (schedule.row_blocks == 2) {
+    schedule.units_per_group = schedule.units <= 2                             ? schedule.units
+                               : schedule.units % 4 == 0 || schedule.units > 9 ? 4
+                                                                               : 3;
+    schedule.tile_units = schedule.units_per_group;
+  } else {
+    schedule.units_per_group = schedule.units <= 2 ? 1 : schedule.units <= 4 ? 2 : 3;
+    schedule.tile_units = 2 * schedule.units_per_group;
+  }
+  schedule.row_tiles = (params.out_channels + 64 * schedule.row_blocks - 1) / (64 * schedule.row_blocks);
+  schedule.column_tiles = (schedule.units + schedule.tile_units - 1) / schedule.tile_units;
+  int64_t chunks = 0;
+  for (int32_t i = 0; i < params.grid.rows.patches; ++i) {
+    for (int32_t j = 0; j < params.grid.columns.patches; ++j) chunks += patch_chunks(params, i, j);
+  }
+  schedule.chunks = static_cast<int32_t>(chunks);
+  const int64_t items = chunks * schedule.row_tiles * schedule.column_tiles;
+  // A share of fewer than four chunks costs more in partial sums than it saves.
+  schedule.blocks = static_cast<int32_t>(std::clamp<int64_t>(items / 4, 1, traits.multiprocessors));
+  return schedule;
+}
+
+template <class T, class Tile>
+void launch_products(const WeightGradParams& params, int32_t blocks, cudaStream_t stream) {
+  kernels::launch(&weight_grad_kernel<T, Tile>, Dim3{static_cast<unsigned>(blocks), 1u, 1u}, Dim3{kThreads, 1u, 1u},
+                  sizeof(Storage<Tile>), stream, params);
+}
+
+template <class T>
+void launch_products(const Schedule& schedule, const WeightGradParams& params, cudaStream_t stream) {
+  const int32_t choice = 10 * schedule.row_blocks + schedule.units_per_group;
+  switch (choice) {
+    case 11:
+      return launch_products<T, Tile<1, 1, 8>>(params, schedule.blocks, stream);
+    case 12:
+      return launch_products<T, Tile<1, 2, 5>>(params, schedule.blocks, stream);
+    case 13:
+      return launch_products<T, Tile<1, 3, 4>>(params, schedule.blocks, stream);
+    case 21:
+      return launch_products<T, Tile<2, 1, 8>>(params, schedule.blocks, stream);
+    case 22:
+      return launch_products<T, Tile<2, 2, 6>>(params, schedule.blocks, stream);
+    case 23:
+      return launch_products<T, Tile<2, 3, 5>>(params, schedule.blocks, stream);
+    case 24:
+      return launch_products<T, Tile<2, 4, 4>>(params, schedule.blocks, stream);
+    default:
+      throw std::runtime_error(std::string(params.kOperator) + ": no tile of kind " + std::to_string(choice) +
+                               "; there are 11, 12, 13, 21, 22, 23 and 24");
+  }
+}
+
+template <class T, int kGroups>
+void launch_reduce(const ReduceParams& params, cudaStream_t stream) {
+  constexpr int64_t kVectors = kReduceThreads / kGroups;
+  const int64_t vectors = int64_t{params.out_channels} * params.units * (kUnitChannels / 4);
+  kernels::launch(&reduce_kernel<T, kGroups>, Dim3{static_cast<unsigned>((vectors + kVectors - 1) / kVectors), 1u, 1u},
+                  Dim3{kReduceThreads, 1u, 1u}, sizeof(float) * 4 * kReduceThreads, stream, params);
+}
+
+}  // namespace
+
+std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  if (traits.compute_capability != 90) {
+    return "the device's compute capability is " + std::to_string(traits.compute_capability) + ", not 90";
+  }
+  if (params.type != ElementType::kFloat16 && params.type != ElementType::kBFloat16) {
+    return "the element type is neither float16 nor bfloat16";
+  }
+  if (params.out_channels != params.out_channels_per_group) {
+    return "there are " + std::to_string(params.out_channels / params.out_channels_per_group) + " groups, not one";
+  }
+  const AxisPatches& rows = params.grid.rows;
+  const AxisPatches& columns = params.grid.columns;
+  const int64_t patches = int64_t{rows.patches} * columns.patches;
+  if (patches > kMaxPatches) {
+    return "there are " + std::to_string(patches) + " patches, and a launch holds the tensor maps of " +
+           std::to_string(kMaxPatches);
+  }
+  const std::string operands[] = {
+      tensor_refusal("grad_output", params.grad_output, params.out_channels, columns.out_bounds[columns.patches],
+                     rows.out_bounds[rows.patches], params.batch, params.grad_output_strides),
+      tensor_refusal("input", params.input, params.in_channels_per_group, columns.in_bounds[columns.patches],
+                     rows.in_bounds[rows.patches], params.batch, params.input_strides)};
+  for (const std::string& reason : operands) {
+    if (!reason.empty()) return reason;
+  }
+  int64_t pixels = 0;
+  for (int32_t i = 0; i < rows.patches; ++i) {
+    const AxisWalk walk = forward_axis(params.row_window, rows, i);
+    if (std::string reason = walk_refusal(walk, "rows"); !reason.empty()) return reason;
+    for (int32_t j = 0; j < columns.patches; ++j) {
+      pixels = std::max(pixels, patch_chunks(params, i, j) * kChunkPixels);
+    }
+  }
+  for (int32_t j = 0; j < columns.patches; ++j) {
+    const AxisWalk walk = forward_axis(params.column_window, columns, j);
+    if (std::string reason = walk_refusal(walk, "columns"); !reason.empty()) return reason;
+  }
+  if (pixels > std::numeric_limits<int32_t>::max()) {
+    return "a patch has " + std::to_string(pixels) + " pixels over all images, more than 2^31 - 1";
+  }
+  return {};
+}
+
+int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  const Schedule schedule = schedule_of(params, traits);
+  return schedule.slots() * schedule.slot_elements() * static_cast<int64_t>(sizeof(float));
+}
+
+void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
+  const Schedule schedule = schedule_of(params, traits);
+  WeightGradParams products{};
+  products.chunks = schedule.chunks;
+  products.column_stride = static_cast<int32_t>(params.column_window.stride);
+  products.row_stride = static_cast<int32_t>(params.row_window.stride);
+  products.column_dilation = static_cast<int32_t>(params.column_window.dilation);
+  products.row_dilation = static_cast<int32_t>(params.row_window.dilation);
+  products.kernel_columns = static_cast<int32_t>(params.column_window.kernel);
+  products.channel_blocks = (params.in_channels_per_group + kUnitChannels - 1) / kUnitChannels;
+  products.units = schedule.units;
+  products.row_tiles = schedule.row_tiles;
+  products.column_tiles = schedule.column_tiles;
+  products.partial_sums = static_cast<float*>(workspace);
+  int32_t chunk = 0;
+  for (int32_t i = 0; i < params.grid.rows.patches; ++i) {
+    for (int32_t j = 0; j < params.grid.columns.patches; ++j) {
+      const int32_t index = products.patch_count++;
+      const AxisWalk rows = forward_axis(params.row_window, params.grid.rows, i);
+      const AxisWalk columns = forward_axis(params.column_window, params.grid.columns, j);
+      const Im2colMap input = operand_map(params.type, params.input, params.input_strides, params.in_channels_per_group,
+                                          params.batch, rows, columns, kChunkPixels);
+      const Im2colMap grad_output = output_map(params.type, params.grad_output, params.grad_output_strides,
+                                               params.out_channels, params.batch, rows, columns, kChunkPixels);
+      products.grad_output[index] = encode(grad_output, params.kOperator);
+      products.input[index] = encode(input, params.kOperator);
+      products.patches[index] = {grad_output.columns, grad_output.rows, input.lower_column, input.lower_row, chunk};
+      chunk += static_cast<int32_t>(patch_chunks(params, i, j));
+    }
+  }
+
+  ReduceParams reduce{};
+  reduce.type = params.type;
+  reduce.out_channels = params.out_channels;
+  reduce.in_channels = params.in_channels_per_group;
+  reduce.channel_blocks = products.channel_blocks;
+  reduce.units = schedule.units;
+  reduce.kernel_columns = products.kernel_columns;
+  reduce.row_tiles = schedule.row_tiles;
+  reduce.tile_rows = 64 * schedule.row_blocks;
+  reduce.tile_units = schedule.tile_units;
+  reduce.chunks = schedule.chunks;
+  reduce.blocks = schedule.blocks;
+  reduce.tiles = schedule.row_tiles * schedule.column_tiles;
+  reduce.accumulate = params.accumulate;
+  reduce.output_strides = params.output_strides;
+  reduce.partial_sums = products.partial_sums;
+  reduce.output = params.output;
+
+  dispatch_half_type(params.kOperator, params.type, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    launch_products<T>(schedule, products, stream);
+    const int32_t summands = schedule.blocks / reduce.tiles;
+    if (summands >= 16) {
+      launch_reduce<T, 16>(reduce, stream);
+    } else if (summands >= 4) {
+      launch_reduce<T, 4>(reduce, stream);
+    } else {
+      launch_reduce<T, 1>(reduce, stream);
+    }
+  });
+}
+
+}  // namespace splitkern::kernels::sm90
