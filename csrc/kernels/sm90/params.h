@@ -1,0 +1,60 @@
+// Parameter structs of the Hopper kernels, tensor maps included: they travel by value and stay in the kernel's
+// parameters, because the TMA unit reads maps from there. Filled by the launchers of this folder.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "../primitives.h"
+
+namespace splitkern::kernels::sm90 {
+
+// Kernel parameters hold 32764 bytes, and a map takes 128.
+inline constexpr size_t kMaxParamsBytes = 32764;
+
+struct TapWalk {
+  int32_t taps;
+  int32_t first_tap;
+  int32_t tap_step;
+  int32_t offset_step;
+};
+
+// See geometry.h. Pixels are numbered along columns, then rows, then images.
+struct SubProblem {
+  int32_t first_tile;
+  int32_t pixels;
+  int32_t columns;
+  int32_t rows;
+  int32_t lower_column;
+  int32_t lower_row;
+  int32_t column_step;
+  int32_t row_step;
+  TapWalk row_taps;
+  TapWalk column_taps;
+};
+
+inline constexpr int kMaxSubProblems = 96;
+
+// Forward (kInputGrad false) and input gradient: for every sub-problem
+// outputs[pixel][channel] = activation(sum over taps and reduction channels of operand * weight + bias).
+template <bool kInputGrad>
+struct GemmParams {
+  static constexpr const char* kOperator =
+      kInputGrad ? ConvInputGradParams::kOperator : ConvForwardParams::kOperator;
+  int32_t sub_problems;
+  int32_t tiles;
+  int32_t channels;          // of the outputs
+  int32_t channel_tiles;
+  int32_t reduction_blocks;  // of 64 reduction channels
+  int32_t kernel_columns;
+  bool relu;
+  int64_t bias_stride;
+  const void* bias;  // null: none
+  SubProblem sub_problem[kMaxSubProblems];
+  TensorMap weights;
+  TensorMap operand[kMaxSubProblems];
+  TensorMap output[kMaxSubProblems];
+};
+static_assert(sizeof(GemmParams<false>) <= kMaxParamsBytes);
+
+}  // namespace splitkern::kernels::sm90
