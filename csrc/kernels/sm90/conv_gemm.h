@@ -349,6 +349,24 @@ struct GemmCall {
   WeightLayout layout;
 };
 
+// Boxes of one tap, 64 input channels and `box_out_channels` output channels.
+inline TiledMap weight_map(const GemmCall& call, int32_t box_out_channels) {
+  TiledMap map{};
+  map.type = call.type;
+  map.base = call.weights;
+  map.rank = 3;
+  map.extents[0] = call.in_channels;
+  map.extents[1] = call.taps;
+  map.extents[2] = call.out_channels;
+  map.strides_bytes[0] = call.layout.tap_stride * kElementBytes;
+  map.strides_bytes[1] = call.layout.out_channel_stride * kElementBytes;
+  map.box[0] = 64;
+  map.box[1] = 1;
+  map.box[2] = box_out_channels;
+  map.swizzle = Swizzle::k128Bytes;
+  return map;
+}
+
 struct GemmProblem {
   AxisWalk rows;
   AxisWalk columns;
@@ -369,20 +387,8 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
   params.bias_stride = call.bias_stride;
   params.bias = call.bias;
 
-  TiledMap weights{};
-  weights.type = call.type;
-  weights.base = call.weights;
-  weights.rank = 3;
-  weights.extents[0] = call.in_channels;
-  weights.extents[1] = call.taps;
-  weights.extents[2] = call.out_channels;
-  weights.strides_bytes[0] = call.layout.tap_stride * kElementBytes;
-  weights.strides_bytes[1] = call.layout.out_channel_stride * kElementBytes;
-  weights.box[0] = 64;
-  weights.box[1] = 1;
-  weights.box[2] = Traits::kInputGrad ? kReductionBlock : Traits::kChannels;
-  weights.swizzle = Swizzle::k128Bytes;
-  params.weights = encode(weights, Params::kOperator);
+  params.weights =
+      encode(weight_map(call, Traits::kInputGrad ? kReductionBlock : Traits::kChannels), Params::kOperator);
 
   for (size_t first = 0; first < problems.size(); first += kMaxSubProblems) {
     params.sub_problems = static_cast<int32_t>(std::min<size_t>(problems.size() - first, kMaxSubProblems));

@@ -13,13 +13,12 @@ namespace splitkern::kernels::sm90 {
 namespace {
 
 constexpr int32_t kMaxProblems = 112;
-constexpr int32_t kThreads = 384;  // one producer warpgroup, two that multiply
 constexpr int32_t kChannels = 64;  // of the reduction per step: 128 bytes
 constexpr int32_t kPixelBytes = kChannels * 2;
-constexpr int32_t kMaxSharedBytes = 232448;
 
+template <bool kInputGrad>
 struct WindowParams {
-  static constexpr const char* kOperator = "splitkern: Hopper window convolution";
+  static constexpr const char* kOperator = kInputGrad ? ConvInputGradParams::kOperator : ConvForwardParams::kOperator;
   TensorMap operand[kMaxProblems];
   TensorMap output[kMaxProblems];
   TensorMap weight;
@@ -48,7 +47,7 @@ struct WindowParams {
   const void* bias;
   bool relu;
 };
-static_assert(sizeof(WindowParams) <= 32764, "kernel parameters are limited to 32764 bytes");
+static_assert(sizeof(WindowParams<false>) <= 32764, "kernel parameters are limited to 32764 bytes");
 
 // kWide: both warpgroups multiply the same pixels, each with 64 of 128 output channels. Else both have the same 64
 // output channels, and the second takes the rows below the first one's.
@@ -62,7 +61,7 @@ struct Tile {
   static constexpr int kStagingBytes = kWide ? kColumns * kPixelBytes : 1024;
   static constexpr int kWeightBytes = kWeightBlocks * kChannels * kPixelBytes;
   static constexpr int kBoxPixels =
-      (kMaxSharedBytes - 1024 - kStages * kWeightBytes - 2 * kStagingBytes) / 2 / kPixelBytes / 8 * 8;
+      (kSharedBytes - 1024 - kStages * kWeightBytes - 2 * kStagingBytes) / 2 / kPixelBytes / 8 * 8;
   static_assert(kColumns % 8 == 0 && kColumns <= 256);
   static_assert(kWide || kBoxPixels >= 2 * kColumns, "the outputs of both warpgroups take the operand's place");
 };
@@ -78,18 +77,6 @@ struct Storage {
   Barrier weight_empty[Tile::kStages];
 };
 
-struct Ring {
-  int32_t stage = 0;
-  uint32_t parity = 0;
-  template <int kStages>
-  SPLITKERN_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 struct Place {
   int32_t problem;
   int32_t channel_tile;
@@ -98,14 +85,14 @@ struct Place {
 };
 
 // Problems come in ascending order of tiles, so the search goes on from the last one.
-template <class Tile>
-SPLITKERN_DEVICE Place place_of(const WindowParams& params, int32_t tile, int32_t problem) {
+template <class Tile, class Params>
+SPLITKERN_DEVICE Place place_of(const Params& params, int32_t tile, int32_t problem) {
   Place place;
   const int32_t pixels = tile / params.channel_tiles;
   place.channel_tile = tile - pixels * params.channel_tiles;
   while (problem + 1 < params.problem_count && params.problems[problem + 1].tile_begin <= pixels) ++problem;
   place.problem = problem;
-  const WindowParams::Problem& box = params.problems[problem];
+  const auto& box = params.problems[problem];
   const int32_t local = pixels - box.tile_begin;
   place.image = local / box.row_tiles;
   place.row = (local - place.image * box.row_tiles) * box.group_rows * (Tile::kWide ? 1 : 2);
@@ -113,37 +100,37 @@ SPLITKERN_DEVICE Place place_of(const WindowParams& params, int32_t tile, int32_
 }
 
 template <class Tile, bool kInputGrad>
-SPLITKERN_DEVICE void produce(const WindowParams& params, Storage<Tile>& shared) {
-  Ring boxes;
-  Ring weights;
+SPLITKERN_DEVICE void produce(const WindowParams<kInputGrad>& params, Storage<Tile>& shared) {
+  Ring<2> boxes;
+  Ring<Tile::kStages> weights;
   int32_t problem = 0;
   for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles;
        tile += static_cast<int32_t>(grid_extent().x)) {
     const Place place = place_of<Tile>(params, tile, problem);
     problem = place.problem;
-    const WindowParams::Problem& box = params.problems[problem];
+    const auto& box = params.problems[problem];
     const int32_t first_channel = place.channel_tile * Tile::kWeightBlocks * kChannels;
     for (int32_t block = 0; block < params.channel_blocks; ++block) {
-      barrier_wait(shared.box_empty[boxes.stage], boxes.parity ^ 1);
-      barrier_arrive_expect(shared.box_full[boxes.stage], static_cast<uint32_t>(box.box_bytes));
-      tma_load_4d(shared.boxes[boxes.stage], params.operand[problem], shared.box_full[boxes.stage], block * kChannels,
+      barrier_wait(shared.box_empty[boxes.index], boxes.parity ^ 1);
+      barrier_arrive_expect(shared.box_full[boxes.index], static_cast<uint32_t>(box.box_bytes));
+      tma_load_4d(shared.boxes[boxes.index], params.operand[problem], shared.box_full[boxes.index], block * kChannels,
                   box.lower_column, box.lower_row + place.row, place.image);
-      boxes.advance<2>();
+      boxes.next();
       for (int32_t row = 0; row < params.tap_rows; ++row) {
         for (int32_t column = 0; column < params.tap_columns; ++column) {
           const int32_t tap = params.first_tap + row * params.tap_row_step + column * params.tap_column_step;
-          Barrier& full = shared.weight_full[weights.stage];
-          barrier_wait(shared.weight_empty[weights.stage], weights.parity ^ 1);
+          Barrier& full = shared.weight_full[weights.index];
+          barrier_wait(shared.weight_empty[weights.index], weights.parity ^ 1);
           barrier_arrive_expect(full, Tile::kWeightBytes);
           if constexpr (kInputGrad) {
             for (int32_t half = 0; half < Tile::kWeightBlocks; ++half) {
-              tma_load_3d(shared.weights[weights.stage] + half * kChannels * kPixelBytes, params.weight, full,
+              tma_load_3d(shared.weights[weights.index] + half * kChannels * kPixelBytes, params.weight, full,
                           first_channel + half * kChannels, tap, block * kChannels);
             }
           } else {
-            tma_load_3d(shared.weights[weights.stage], params.weight, full, block * kChannels, tap, first_channel);
+            tma_load_3d(shared.weights[weights.index], params.weight, full, block * kChannels, tap, first_channel);
           }
-          weights.advance<Tile::kStages>();
+          weights.next();
         }
       }
     }
@@ -164,7 +151,7 @@ SPLITKERN_DEVICE void pack_block(const float* sums, float bias_low, float bias_h
 }
 
 template <class T, class Tile, bool kInputGrad>
-SPLITKERN_DEVICE void multiply(const WindowParams& params, Storage<Tile>& shared, int32_t group) {
+SPLITKERN_DEVICE void multiply(const WindowParams<kInputGrad>& params, Storage<Tile>& shared, int32_t group) {
   constexpr int32_t kColumns = Tile::kColumns;
   const int32_t thread = static_cast<int32_t>(thread_index()) % 128;
   const int32_t warp = thread / 32;
@@ -172,8 +159,8 @@ SPLITKERN_DEVICE void multiply(const WindowParams& params, Storage<Tile>& shared
   const uint32_t own_barrier = 1 + static_cast<uint32_t>(group);
   constexpr uint32_t kBothBarrier = 3;
 
-  Ring boxes;
-  Ring weights;
+  Ring<2> boxes;
+  Ring<Tile::kStages> weights;
   int32_t problem = 0;
   int32_t staged_box = -1;  // narrow: the box whose place the last tile's outputs leave from
   float sums[kColumns / 2];
@@ -181,20 +168,20 @@ SPLITKERN_DEVICE void multiply(const WindowParams& params, Storage<Tile>& shared
        tile += static_cast<int32_t>(grid_extent().x)) {
     const Place place = place_of<Tile>(params, tile, problem);
     problem = place.problem;
-    const WindowParams::Problem& box = params.problems[problem];
+    const auto& box = params.problems[problem];
     const int32_t group_pixels = Tile::kWide ? 0 : group * box.group_rows * box.box_columns;
     int32_t read_weights = -1;
     int32_t read_box = -1;
     bool first = true;
     for (int32_t block = 0; block < params.channel_blocks; ++block) {
-      barrier_wait(shared.box_full[boxes.stage], boxes.parity);
-      const unsigned char* pixels = shared.boxes[boxes.stage] + group_pixels * kPixelBytes;
+      barrier_wait(shared.box_full[boxes.index], boxes.parity);
+      const unsigned char* pixels = shared.boxes[boxes.index] + group_pixels * kPixelBytes;
       for (int32_t row = 0; row < params.tap_rows; ++row) {
         for (int32_t column = 0; column < params.tap_columns; ++column) {
           const int32_t shift = row * params.offset_row_step * box.box_columns + column * params.offset_column_step;
-          barrier_wait(shared.weight_full[weights.stage], weights.parity);
+          barrier_wait(shared.weight_full[weights.index], weights.parity);
           const uint64_t a =
-              matrix_descriptor(shared.weights[weights.stage] + (Tile::kWide ? group * kChannels * kPixelBytes : 0),
+              matrix_descriptor(shared.weights[weights.index] + (Tile::kWide ? group * kChannels * kPixelBytes : 0),
                                 Swizzle::k128Bytes, kChannels * kPixelBytes, 1024);
           const uint64_t b = matrix_descriptor(pixels + shift * kPixelBytes, Swizzle::k128Bytes, 16, 1024);
           wgmma_fence();
@@ -214,14 +201,14 @@ SPLITKERN_DEVICE void multiply(const WindowParams& params, Storage<Tile>& shared
               barrier_arrive(shared.box_empty[staged_box]);
             }
           }
-          read_weights = weights.stage;
+          read_weights = weights.index;
           read_box = -1;
           staged_box = -1;
-          weights.advance<Tile::kStages>();
+          weights.next();
         }
       }
-      read_box = boxes.stage;
-      boxes.advance<2>();
+      read_box = boxes.index;
+      boxes.next();
     }
     wgmma_wait<0>();
     if (thread == 0) barrier_arrive(shared.weight_empty[read_weights]);
@@ -273,7 +260,8 @@ SPLITKERN_DEVICE void multiply(const WindowParams& params, Storage<Tile>& shared
 }
 
 template <class T, class Tile, bool kInputGrad>
-__global__ void __launch_bounds__(kThreads, 1) window_kernel(const __grid_constant__ WindowParams params) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    window_kernel(const __grid_constant__ WindowParams<kInputGrad> params) {
   Storage<Tile>& shared = dynamic_shared<Storage<Tile>>();
   if (thread_index() == 0) {
     for (int i = 0; i < 2; ++i) {
@@ -322,18 +310,18 @@ int32_t box_capacity(bool wide, int32_t columns) {
 }
 
 // Cuts every problem for products of `columns` pixels; no strips where one does not fit.
-Plan plan_with(const WindowCall& call, bool wide, int32_t columns) {
+Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, bool wide, int32_t columns) {
   Plan plan{wide, columns, 0, {}};
-  const AxisWalk& row_taps = call.problems.front().rows;
-  const AxisWalk& column_taps = call.problems.front().columns;
+  const AxisWalk& row_taps = problems.front().rows;
+  const AxisWalk& column_taps = problems.front().columns;
   const int32_t border_rows = static_cast<int32_t>((row_taps.taps - 1) * row_taps.offset_step);
   const int32_t border_columns = static_cast<int32_t>((column_taps.taps - 1) * column_taps.offset_step);
   const int32_t groups = wide ? 1 : 2;
   const int32_t capacity = box_capacity(wide, columns);
-  const int64_t channels = ceil_divide(call.output_channels, wide ? 128 : 64) * (wide ? 128 : 64);
-  for (size_t index = 0; index < call.problems.size(); ++index) {
-    const int32_t out_columns = static_cast<int32_t>(call.problems[index].columns.outputs);
-    const int32_t out_rows = static_cast<int32_t>(call.problems[index].rows.outputs);
+  const int64_t channels = ceil_divide(call.channels, wide ? 128 : 64) * (wide ? 128 : 64);
+  for (size_t index = 0; index < problems.size(); ++index) {
+    const int32_t out_columns = static_cast<int32_t>(problems[index].columns.outputs);
+    const int32_t out_rows = static_cast<int32_t>(problems[index].rows.outputs);
     int64_t best = -1;
     Strip chosen{};
     int32_t chosen_strips = 0;
@@ -371,10 +359,10 @@ Plan plan_with(const WindowCall& call, bool wide, int32_t columns) {
   return plan;
 }
 
-Plan plan_of(const WindowCall& call) {
+Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems) {
   Plan best;
-  if (call.problems.empty()) return best;
-  for (const WindowProblem& problem : call.problems) {
+  if (problems.empty()) return best;
+  for (const GemmProblem& problem : problems) {
     if (problem.rows.step != 1 || problem.columns.step != 1 || problem.rows.output_step != 1 ||
         problem.columns.output_step != 1 || problem.rows.taps == 0 || problem.columns.taps == 0) {
       return best;
@@ -382,7 +370,7 @@ Plan plan_of(const WindowCall& call) {
   }
   for (const bool wide : {true, false}) {
     for (const int32_t columns : {216, 232}) {
-      Plan plan = plan_with(call, wide, columns);
+      Plan plan = plan_with(call, problems, wide, columns);
       if (!plan.strips.empty() && (best.strips.empty() || plan.products < best.products)) best = std::move(plan);
     }
   }
@@ -411,61 +399,37 @@ TiledMap tiled_map(ElementType type, const void* base, const Strides4& strides, 
   return map;
 }
 
-TiledMap weight_map(const WindowCall& call, int32_t box_channels, int32_t box_outputs) {
-  TiledMap map{};
-  map.type = call.type;
-  map.base = call.weight;
-  map.rank = 3;
-  map.extents[0] = call.input_grad ? call.output_channels : call.operand_channels;
-  map.extents[1] = call.kernel_rows * call.kernel_columns;
-  map.extents[2] = call.input_grad ? call.operand_channels : call.output_channels;
-  map.strides_bytes[0] = call.weight_layout.tap_stride * kElementBytes;
-  map.strides_bytes[1] = call.weight_layout.out_channel_stride * kElementBytes;
-  map.box[0] = box_channels;
-  map.box[1] = 1;
-  map.box[2] = box_outputs;
-  map.swizzle = Swizzle::k128Bytes;
-  return map;
-}
-
 const void* at(const void* base, const Strides4& strides, int64_t row, int64_t column) {
   return static_cast<const unsigned char*>(base) + (row * strides.row + column * strides.column) * kElementBytes;
 }
 
 template <class T, class Tile, bool kInputGrad>
-void launch_tiles(const WindowParams& params, const DeviceTraits& traits, cudaStream_t stream) {
-  static_assert(sizeof(Storage<Tile>) <= kMaxSharedBytes);
-  const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, traits.multiprocessors));
-  kernels::launch(&window_kernel<T, Tile, kInputGrad>, Dim3{blocks, 1u, 1u}, Dim3{kThreads, 1u, 1u},
+void launch_tiles(const WindowParams<kInputGrad>& params, int32_t multiprocessors, cudaStream_t stream) {
+  static_assert(sizeof(Storage<Tile>) <= kSharedBytes);
+  const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
+  kernels::launch(&window_kernel<T, Tile, kInputGrad>, Dim3{blocks, 1u, 1u}, Dim3{kBlockThreads, 1u, 1u},
                   sizeof(Storage<Tile>), stream, params);
 }
 
 template <class T, bool kInputGrad>
-void launch_plan(const Plan& plan, const WindowParams& params, const DeviceTraits& traits, cudaStream_t stream) {
-  if (plan.wide && plan.columns == 216) return launch_tiles<T, Tile<true, 216>, kInputGrad>(params, traits, stream);
-  if (plan.wide) return launch_tiles<T, Tile<true, 232>, kInputGrad>(params, traits, stream);
-  if (plan.columns == 216) return launch_tiles<T, Tile<false, 216>, kInputGrad>(params, traits, stream);
-  launch_tiles<T, Tile<false, 232>, kInputGrad>(params, traits, stream);
-}
-
-}  // namespace
-
-double window_efficiency(const WindowCall& call, const DeviceTraits&) {
-  const Plan plan = plan_of(call);
-  if (plan.strips.empty()) return 0;
-  double useful = 0;
-  for (const WindowProblem& problem : call.problems) {
-    useful += static_cast<double>(problem.rows.outputs) * static_cast<double>(problem.columns.outputs);
+void launch_plan(const Plan& plan, const WindowParams<kInputGrad>& params, int32_t multiprocessors,
+                 cudaStream_t stream) {
+  if (plan.wide && plan.columns == 216) {
+    launch_tiles<T, Tile<true, 216>, kInputGrad>(params, multiprocessors, stream);
+  } else if (plan.wide) {
+    launch_tiles<T, Tile<true, 232>, kInputGrad>(params, multiprocessors, stream);
+  } else if (plan.columns == 216) {
+    launch_tiles<T, Tile<false, 216>, kInputGrad>(params, multiprocessors, stream);
+  } else {
+    launch_tiles<T, Tile<false, 232>, kInputGrad>(params, multiprocessors, stream);
   }
-  return useful * call.images * call.output_channels / static_cast<double>(plan.products);
 }
 
-void launch_window(const WindowCall& call, const DeviceTraits& traits, cudaStream_t stream) {
-  const Plan plan = plan_of(call);
-  if (plan.strips.empty()) throw std::runtime_error(std::string(call.operation) + ": no window kernel takes this call");
-  const AxisWalk& row_taps = call.problems.front().rows;
-  const AxisWalk& column_taps = call.problems.front().columns;
-  WindowParams params{};
+template <bool kInputGrad>
+WindowParams<kInputGrad> describe(const Plan& plan, const GemmCall& call, const std::vector<GemmProblem>& problems) {
+  const AxisWalk& row_taps = problems.front().rows;
+  const AxisWalk& column_taps = problems.front().columns;
+  WindowParams<kInputGrad> params{};
   params.tap_rows = static_cast<int32_t>(row_taps.taps);
   params.tap_columns = static_cast<int32_t>(column_taps.taps);
   params.first_tap = static_cast<int32_t>(row_taps.first_tap * call.kernel_columns + column_taps.first_tap);
@@ -473,34 +437,32 @@ void launch_window(const WindowCall& call, const DeviceTraits& traits, cudaStrea
   params.tap_column_step = static_cast<int32_t>(column_taps.tap_step);
   params.offset_row_step = static_cast<int32_t>(row_taps.offset_step);
   params.offset_column_step = static_cast<int32_t>(column_taps.offset_step);
-  params.channel_blocks = static_cast<int32_t>(ceil_divide(call.operand_channels, kChannels));
-  params.channel_tiles = static_cast<int32_t>(ceil_divide(call.output_channels, plan.wide ? 128 : 64));
-  params.output_channels = call.output_channels;
+  params.channel_blocks = static_cast<int32_t>(ceil_divide(call.reduction_channels, kChannels));
+  params.channel_tiles = static_cast<int32_t>(ceil_divide(call.channels, plan.wide ? 128 : 64));
+  params.output_channels = call.channels;
   params.bias = call.bias;
   params.bias_stride = call.bias_stride;
   params.relu = call.relu;
-  params.weight =
-      encode(weight_map(call, kChannels, call.input_grad || !plan.wide ? kChannels : 2 * kChannels), call.operation);
+  params.weight = encode(weight_map(call, kInputGrad || !plan.wide ? kChannels : 2 * kChannels), params.kOperator);
   const int32_t border_rows = (params.tap_rows - 1) * params.offset_row_step;
   const int32_t groups = plan.wide ? 1 : 2;
   int32_t pixel_tiles = 0;
   for (const Strip& strip : plan.strips) {
-    const WindowProblem& problem = call.problems[strip.problem];
+    const GemmProblem& problem = problems[strip.problem];
     const int32_t index = params.problem_count++;
     const int32_t box_rows = groups * strip.group_rows + border_rows;
-    params.operand[index] = encode(
-        tiled_map(call.type,
-                  at(call.operand, call.operand_strides, problem.rows.operand_begin, problem.columns.operand_begin),
-                  call.operand_strides, call.operand_channels, call.images, problem.rows.operand_extent,
-                  problem.columns.operand_extent, box_rows, strip.box_columns),
-        call.operation);
-    params.output[index] = encode(tiled_map(call.type,
-                                            at(call.output, call.output_strides, problem.rows.output_begin,
-                                               problem.columns.output_begin + strip.first_column),
-                                            call.output_strides, call.output_channels, call.images,
+    const void* operand =
+        at(call.operand, call.operand_strides, problem.rows.operand_begin, problem.columns.operand_begin);
+    const void* output = at(call.output, call.output_strides, problem.rows.output_begin,
+                            problem.columns.output_begin + strip.first_column);
+    params.operand[index] =
+        encode(tiled_map(call.type, operand, call.operand_strides, call.reduction_channels, call.images,
+                         problem.rows.operand_extent, problem.columns.operand_extent, box_rows, strip.box_columns),
+               params.kOperator);
+    params.output[index] = encode(tiled_map(call.type, output, call.output_strides, call.channels, call.images,
                                             problem.rows.outputs, strip.columns, strip.group_rows, strip.box_columns),
-                                  call.operation);
-    WindowParams::Problem& described = params.problems[index];
+                                  params.kOperator);
+    auto& described = params.problems[index];
     described.lower_column = static_cast<int32_t>(problem.columns.lower) + strip.first_column;
     described.lower_row = static_cast<int32_t>(problem.rows.lower);
     described.box_columns = strip.box_columns;
@@ -511,14 +473,40 @@ void launch_window(const WindowCall& call, const DeviceTraits& traits, cudaStrea
     pixel_tiles += strip.row_tiles * call.images;
   }
   params.tiles = pixel_tiles * params.channel_tiles;
-  dispatch_half_type(call.operation, call.type, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    if (call.input_grad) {
-      launch_plan<T, true>(plan, params, traits, stream);
-    } else {
-      launch_plan<T, false>(plan, params, traits, stream);
-    }
+  return params;
+}
+
+template <bool kInputGrad>
+void launch_pass(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors,
+                 cudaStream_t stream) {
+  const Plan plan = plan_of(call, problems);
+  const char* operation = WindowParams<kInputGrad>::kOperator;
+  if (plan.strips.empty()) throw std::runtime_error(std::string(operation) + ": the window kernel takes no such call");
+  const WindowParams<kInputGrad> params = describe<kInputGrad>(plan, call, problems);
+  dispatch_half_type(operation, call.type, [&](auto tag) {
+    launch_plan<typename decltype(tag)::Type>(plan, params, multiprocessors, stream);
   });
+}
+
+}  // namespace
+
+double window_efficiency(const GemmCall& call, const std::vector<GemmProblem>& problems) {
+  const Plan plan = plan_of(call, problems);
+  if (plan.strips.empty()) return 0;
+  double useful = 0;
+  for (const GemmProblem& problem : problems) {
+    useful += static_cast<double>(problem.rows.outputs) * static_cast<double>(problem.columns.outputs);
+  }
+  return useful * call.images * call.channels / static_cast<double>(plan.products);
+}
+
+void launch_window(bool input_grad, const GemmCall& call, const std::vector<GemmProblem>& problems,
+                   int32_t multiprocessors, cudaStream_t stream) {
+  if (input_grad) {
+    launch_pass<true>(call, problems, multiprocessors, stream);
+  } else {
+    launch_pass<false>(call, problems, multiprocessors, stream);
+  }
 }
 
 }  // namespace splitkern::kernels::sm90
