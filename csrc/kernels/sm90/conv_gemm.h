@@ -3,6 +3,8 @@
 // (pixels of one sub-problem) x (channels); the pixels of a tile may span images. Instantiated by conv_gemm_*.cu.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "conv.h"
@@ -427,6 +429,21 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
 // Instantiated in conv_gemm_*.cu, one file per type and operator.
 template <class T, bool kInputGrad>
 void launch_gemm_tile(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
+                      int32_t multiprocessors, cudaStream_t stream);
+
+// The pieces of both paths' refusals; empty where there is none.
+std::string device_refusal(const DeviceTraits& traits);
+std::string type_refusal(ElementType type);
+std::string groups_refusal(int64_t channels, int64_t channels_per_group);
+std::string pixels_refusal(const AxisWalk& rows, const AxisWalk& columns, int64_t images);
+
+// The weights as the maps want them: as they are, or queued to be packed into the workspace.
+const void* weights_for_maps(const void* weight, const Strides4& strides, const WeightLayout& layout,
+                             int32_t out_channels, int32_t in_channels, int32_t taps, int32_t kernel_columns,
+                             void* workspace, cudaStream_t stream);
+
+// Sorts the problems, chooses the tile and launches.
+void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream);
 
 // The tile with the least predicted time: whole waves of tiles, each as long as the slowest of products,

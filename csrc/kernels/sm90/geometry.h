@@ -111,6 +111,7 @@ inline constexpr int64_t kElementBytes = 2;
 inline std::string tensor_refusal(const char* name, const void* base, int64_t channels, int64_t columns, int64_t rows,
                                   int64_t images, const Strides4& strides) {
   const std::string prefix = std::string("the ") + name;
+  if (channels == 0 || columns == 0 || rows == 0 || images == 0) return prefix + " is empty";
   if (channels % 8 != 0) return prefix + "'s " + std::to_string(channels) + " channels are not a multiple of 8";
   if (channels > 1 && strides.channel != 1) {
     return prefix + "'s channel stride is " + std::to_string(strides.channel) + ", not 1";
