@@ -3,6 +3,7 @@
 #include "conv_gemm.h"
 
 #include "pack_weights.h"
+#include "window.h"
 
 namespace splitkern::kernels::sm90 {
 
@@ -41,10 +42,10 @@ std::string pixels_refusal(const AxisWalk& rows, const AxisWalk& columns, int64_
 
 int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors) {
   if (tuning().gemm_tile >= 0) return tuning().gemm_tile;
-  constexpr double kMultipliesPerCycle = 2048;    // of one multiprocessor's tensor cores, 16-bit operands
+  constexpr double kMultipliesPerCycle = 2048;  // of one multiprocessor's tensor cores, 16-bit operands
   constexpr double kSharedBytesPerCycle = 128;
-  constexpr double kL2BytesPerCycle = 40;         // of one multiprocessor, all of them reading
-  constexpr double kCyclesPerTile = 1200;         // epilogue and pipeline fill
+  constexpr double kL2BytesPerCycle = 40;  // of one multiprocessor, all of them reading
+  constexpr double kCyclesPerTile = 1200;  // epilogue and pipeline fill
   const double blocks = static_cast<double>(ceil_divide(call.reduction_channels, kReductionBlock));
   int32_t best = 0;
   double best_cycles = 0;
@@ -92,6 +93,7 @@ const void* weights_for_maps(const void* weight, const Strides4& strides, const 
 
 void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream) {
+  if (tuning().window > 0 && (call.taps > 1)) return launch_window(input_grad, call, problems, multiprocessors, stream);
   // Long tiles first, so that the last wave is one of short ones.
   std::stable_sort(problems.begin(), problems.end(),
                    [](const GemmProblem& a, const GemmProblem& b) { return a.taps() > b.taps(); });

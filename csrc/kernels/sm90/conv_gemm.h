@@ -135,8 +135,8 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
       const int32_t tap_row = problem.row_taps.first_tap + row_tap * problem.row_taps.tap_step;
       const uint16_t row_offset = static_cast<uint16_t>(row_tap * problem.row_taps.offset_step);
       for (int32_t column_tap = 0; column_tap < problem.column_taps.taps; ++column_tap) {
-        const int32_t tap = tap_row * params.kernel_columns + problem.column_taps.first_tap +
-                            column_tap * problem.column_taps.tap_step;
+        const int32_t tap =
+            tap_row * params.kernel_columns + problem.column_taps.first_tap + column_tap * problem.column_taps.tap_step;
         const uint16_t column_offset = static_cast<uint16_t>(column_tap * problem.column_taps.offset_step);
         for (int32_t block = 0; block < params.reduction_blocks; ++block) {
           const int32_t reduction = block * kReductionBlock;
@@ -265,10 +265,9 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
     for (uint32_t i = thread; i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
       const int32_t channel = position.channel + static_cast<int32_t>(i) +
                               (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
-      shared.bias[warpgroup][i] =
-          params.bias != nullptr && channel < params.channels
-              ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
-              : 0.0f;
+      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
+                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
+                                      : 0.0f;
     }
 
     float sums[kColumns / 2];
@@ -399,19 +398,18 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
       const AxisWalk& rows = problems[first + i].rows;
       const AxisWalk& columns = problems[first + i].columns;
       const int32_t pixels = static_cast<int32_t>(problems[first + i].pixels(call.images));
-      params.sub_problem[i] = {
-          params.tiles,
-          pixels,
-          static_cast<int32_t>(columns.outputs),
-          static_cast<int32_t>(rows.outputs),
-          static_cast<int32_t>(columns.lower),
-          static_cast<int32_t>(rows.lower),
-          static_cast<int32_t>(columns.step),
-          static_cast<int32_t>(rows.step),
-          {static_cast<int32_t>(rows.taps), static_cast<int32_t>(rows.first_tap), static_cast<int32_t>(rows.tap_step),
-           static_cast<int32_t>(rows.offset_step)},
-          {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
-           static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
+      params.sub_problem[i] = {params.tiles,
+                               pixels,
+                               static_cast<int32_t>(columns.outputs),
+                               static_cast<int32_t>(rows.outputs),
+                               static_cast<int32_t>(columns.lower),
+                               static_cast<int32_t>(rows.lower),
+                               static_cast<int32_t>(columns.step),
+                               static_cast<int32_t>(rows.step),
+                               {static_cast<int32_t>(rows.taps), static_cast<int32_t>(rows.first_tap),
+                                static_cast<int32_t>(rows.tap_step), static_cast<int32_t>(rows.offset_step)},
+                               {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
+                                static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
       params.tiles += static_cast<int32_t>(ceil_divide(pixels, Traits::kPixels)) * params.channel_tiles;
       params.operand[i] = encode(operand_map(call.type, call.operand, call.operand_strides, call.reduction_channels,
                                              call.images, rows, columns, Traits::kLoadPixels),
@@ -421,8 +419,8 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
                                 Params::kOperator);
     }
     const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
-    kernels::launch(&conv_gemm_kernel<Traits>, Dim3{blocks, 1, 1}, Dim3{kBlockThreads, 1, 1}, sizeof(GemmShared<Traits>), stream,
-           params);
+    kernels::launch(&conv_gemm_kernel<Traits>, Dim3{blocks, 1, 1}, Dim3{kBlockThreads, 1, 1},
+                    sizeof(GemmShared<Traits>), stream, params);
   }
 }
 

@@ -3,7 +3,8 @@
 
 namespace splitkern::kernels::sm90 {
 
-template void launch_gemm_tile<Half, false>(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
-                                         int32_t multiprocessors, cudaStream_t stream);
+template void launch_gemm_tile<Half, false>(int32_t tile, const GemmCall& call,
+                                            const std::vector<GemmProblem>& problems, int32_t multiprocessors,
+                                            cudaStream_t stream);
 
 }  // namespace splitkern::kernels::sm90

@@ -4,6 +4,6 @@
 namespace splitkern::kernels::sm90 {
 
 template void launch_gemm_tile<Half, true>(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
-                                         int32_t multiprocessors, cudaStream_t stream);
+                                           int32_t multiprocessors, cudaStream_t stream);
 
 }  // namespace splitkern::kernels::sm90

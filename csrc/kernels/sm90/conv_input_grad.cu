@@ -36,10 +36,10 @@ std::string refusal(const ConvInputGradParams& params, const DeviceTraits& trait
     reason = "the stride is over 8";
   }
   if (reason.empty()) {
-    reason = tensor_refusal("gradient", params.grad_output, out_channels_of(params),
-                            columns.out_bounds[columns.patches] - columns.out_bounds[0],
-                            rows.out_bounds[rows.patches] - rows.out_bounds[0], params.batch,
-                            params.grad_output_strides);
+    reason =
+        tensor_refusal("gradient", params.grad_output, out_channels_of(params),
+                       columns.out_bounds[columns.patches] - columns.out_bounds[0],
+                       rows.out_bounds[rows.patches] - rows.out_bounds[0], params.batch, params.grad_output_strides);
   }
   if (reason.empty()) {
     reason = tensor_refusal("output", params.output, params.in_channels,

@@ -21,12 +21,11 @@ __global__ void pack_weights_kernel(const __grid_constant__ PackWeightsParams pa
   const int32_t out_channel = static_cast<int32_t>(block_index().x);
   const int32_t first_channel = static_cast<int32_t>(block_index().y) * kPackChannels;
   const int32_t first_tap = static_cast<int32_t>(block_index().z) * kPackTaps;
-  const int32_t channels = params.in_channels - first_channel < kPackChannels ? params.in_channels - first_channel
-                                                                              : kPackChannels;
+  const int32_t channels =
+      params.in_channels - first_channel < kPackChannels ? params.in_channels - first_channel : kPackChannels;
   const int32_t taps = params.taps - first_tap < kPackTaps ? params.taps - first_tap : kPackTaps;
-  const uint16_t* weight =
-      static_cast<const uint16_t*>(params.weight) + out_channel * params.weight_strides.batch +
-      first_channel * params.weight_strides.channel;
+  const uint16_t* weight = static_cast<const uint16_t*>(params.weight) + out_channel * params.weight_strides.batch +
+                           first_channel * params.weight_strides.channel;
   for (int32_t i = thread; i < channels * taps; i += kPackThreads) {
     const int32_t channel = i / taps;
     const int32_t tap = i - channel * taps;

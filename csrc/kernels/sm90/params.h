@@ -39,11 +39,10 @@ inline constexpr int kMaxSubProblems = 96;
 // outputs[pixel][channel] = activation(sum over taps and reduction channels of operand * weight + bias).
 template <bool kInputGrad>
 struct GemmParams {
-  static constexpr const char* kOperator =
-      kInputGrad ? ConvInputGradParams::kOperator : ConvForwardParams::kOperator;
+  static constexpr const char* kOperator = kInputGrad ? ConvInputGradParams::kOperator : ConvForwardParams::kOperator;
   int32_t sub_problems;
   int32_t tiles;
-  int32_t channels;          // of the outputs
+  int32_t channels;  // of the outputs
   int32_t channel_tiles;
   int32_t reduction_blocks;  // of 64 reduction channels
   int32_t kernel_columns;

@@ -96,8 +96,7 @@ TensorMap encode(const Im2colMap& arguments, const char* operation) {
 }
 
 TensorMap encode(const TiledMap& arguments, const char* operation) {
-  static const auto encode_tiled =
-      reinterpret_cast<EncodeTiled>(driver_function("cuTensorMapEncodeTiled", operation));
+  static const auto encode_tiled = reinterpret_cast<EncodeTiled>(driver_function("cuTensorMapEncodeTiled", operation));
   cuuint64_t extents[5];
   cuuint64_t strides[4];
   cuuint32_t box[5];
@@ -108,11 +107,10 @@ TensorMap encode(const TiledMap& arguments, const char* operation) {
     if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(arguments.strides_bytes[i - 1]);
   }
   TensorMap result;
-  const CUresult status =
-      encode_tiled(&result.map, data_type(arguments.type, operation), static_cast<cuuint32_t>(arguments.rank),
-                   const_cast<void*>(arguments.base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   swizzle_mode(arguments.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode_tiled(
+      &result.map, data_type(arguments.type, operation), static_cast<cuuint32_t>(arguments.rank),
+      const_cast<void*>(arguments.base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle_mode(arguments.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     refuse(operation, "a tiled", status,
            "type " + std::to_string(static_cast<int32_t>(arguments.type)) + ", base " +

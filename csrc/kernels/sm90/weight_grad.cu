@@ -8,17 +8,16 @@
 
 #include "../dispatch.h"
 #include "conv.h"
-#include "geometry.h"
+#include "conv_gemm.h"
+#include "partial_sums.h"
+#include "window_weight_grad.h"
 
 namespace splitkern::kernels::sm90 {
 namespace {
 
-constexpr int32_t kChunkPixels = 64;   // of the reduction, per pipeline stage
-constexpr int32_t kUnitChannels = 64;  // a unit: one tap of 64 input channels, 64 columns of the product
+constexpr int32_t kChunkPixels = 64;  // of the reduction, per pipeline stage
 constexpr int32_t kBoxBytes = kChunkPixels * kUnitChannels * 2;
 constexpr int32_t kMaxPatches = 116;
-constexpr int32_t kThreads = 384;  // one producer warpgroup, two that multiply
-constexpr int32_t kReduceThreads = 256;
 
 struct WeightGradParams {
   static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
@@ -38,33 +37,14 @@ struct WeightGradParams {
   int32_t column_dilation;
   int32_t row_dilation;
   int32_t kernel_columns;
-  int32_t channel_blocks;  // of 64 input channels
-  int32_t units;           // taps * channel_blocks
+  int32_t kernel_rows;
+  int32_t taps;
+  int32_t units;  // taps of every 64 input channels
   int32_t row_tiles;
   int32_t column_tiles;
   float* partial_sums;  // [block + tile][kRows][kColumns]
 };
 static_assert(sizeof(WeightGradParams) <= 32764, "kernel parameters are limited to 32764 bytes");
-
-struct ReduceParams {
-  static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
-  ElementType type;
-  int32_t out_channels;
-  int32_t in_channels;
-  int32_t channel_blocks;
-  int32_t units;
-  int32_t kernel_columns;
-  int32_t row_tiles;
-  int32_t tile_rows;
-  int32_t tile_units;
-  int32_t chunks;
-  int32_t blocks;  // that the first kernel ran
-  int32_t tiles;
-  bool accumulate;
-  Strides4 output_strides;
-  const float* partial_sums;
-  void* output;
-};
 
 // kRowBlocks = 2: each multiplying warpgroup takes 64 of the tile's 128 output channels and all its units.
 // kRowBlocks = 1: both take the same 64 output channels and half of the units each.
@@ -91,30 +71,9 @@ struct Storage {
   Barrier empty[Tile::kStages];
 };
 
-// The work of one block: items [begin, end) of tiles * chunks, tile after tile.
-struct Share {
-  int64_t begin;
-  int64_t end;
-};
-SPLITKERN_DEVICE Share share_of(int64_t block, int64_t blocks, int64_t items) {
-  return {block * items / blocks, (block + 1) * items / blocks};
-}
-
-struct Ring {
-  int32_t stage = 0;
-  uint32_t parity = 0;
-  template <int kStages>
-  SPLITKERN_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class Tile>
 SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& shared, Share share) {
-  Ring ring;
+  Ring<Tile::kStages> ring;
   int32_t patch = 0;
   for (int64_t item = share.begin; item < share.end;) {
     const int32_t tile = static_cast<int32_t>(item / params.chunks);
@@ -135,16 +94,16 @@ SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& sha
       const int32_t image = line / box.out_rows;
       const int32_t row = line - image * box.out_rows;
 
-      typename Storage<Tile>::Stage& stage = shared.stages[ring.stage];
-      Barrier& full = shared.full[ring.stage];
-      barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      typename Storage<Tile>::Stage& stage = shared.stages[ring.index];
+      Barrier& full = shared.full[ring.index];
+      barrier_wait(shared.empty[ring.index], ring.parity ^ 1);
       barrier_arrive_expect(full, (Tile::kRowBlocks + units) * kBoxBytes);
       for (int32_t block = 0; block < Tile::kRowBlocks; ++block) {
         tma_load_im2col(stage.grad_output[block], params.grad_output[patch], full, first_row + 64 * block, column, row,
                         image, 0, 0);
       }
-      int32_t tap = first_unit / params.channel_blocks;
-      int32_t channel_block = first_unit - tap * params.channel_blocks;
+      int32_t channel_block = first_unit / params.taps;
+      const int32_t tap = first_unit - channel_block * params.taps;
       int32_t tap_row = tap / params.kernel_columns;
       int32_t tap_column = tap - tap_row * params.kernel_columns;
       for (int32_t unit = 0; unit < units; ++unit) {
@@ -152,15 +111,15 @@ SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& sha
                         box.lower_column + column * params.column_stride, box.lower_row + row * params.row_stride,
                         image, static_cast<uint16_t>(tap_column * params.column_dilation),
                         static_cast<uint16_t>(tap_row * params.row_dilation));
-        if (++channel_block == params.channel_blocks) {
-          channel_block = 0;
-          if (++tap_column == params.kernel_columns) {
-            tap_column = 0;
-            ++tap_row;
+        if (++tap_column == params.kernel_columns) {
+          tap_column = 0;
+          if (++tap_row == params.kernel_rows) {
+            tap_row = 0;
+            ++channel_block;
           }
         }
       }
-      ring.advance<Tile::kStages>();
+      ring.next();
     }
     item += left;
   }
@@ -172,7 +131,7 @@ SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& sh
   const int32_t thread = static_cast<int32_t>(thread_index()) % 128;
   const int32_t row_block = Tile::kRowBlocks == 2 ? group : 0;
   const int32_t first_unit = Tile::kRowBlocks == 2 ? 0 : group * Tile::kUnitsPerGroup;
-  Ring ring;
+  Ring<Tile::kStages> ring;
   float sums[kGroupColumns / 2];
   for (int64_t item = share.begin; item < share.end;) {
     const int32_t tile = static_cast<int32_t>(item / params.chunks);
@@ -180,8 +139,8 @@ SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& sh
     const int64_t left = share.end - item < left_in_tile ? share.end - item : left_in_tile;
     int32_t previous = -1;
     for (int64_t done = 0; done < left; ++done) {
-      typename Storage<Tile>::Stage& stage = shared.stages[ring.stage];
-      barrier_wait(shared.full[ring.stage], ring.parity);
+      typename Storage<Tile>::Stage& stage = shared.stages[ring.index];
+      barrier_wait(shared.full[ring.index], ring.parity);
       const uint64_t a = matrix_descriptor(stage.grad_output[row_block], Swizzle::k128Bytes, kBoxBytes, 1024);
       const uint64_t b = matrix_descriptor(stage.input[first_unit], Swizzle::k128Bytes, kBoxBytes, 1024);
       wgmma_fence();
@@ -193,8 +152,8 @@ SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& sh
       wgmma_commit();
       wgmma_wait<1>();  // the batch before has been read
       if (previous >= 0 && thread == 0) barrier_arrive(shared.empty[previous]);
-      previous = ring.stage;
-      ring.advance<Tile::kStages>();
+      previous = static_cast<int32_t>(ring.index);
+      ring.next();
     }
     wgmma_wait<0>();
     if (thread == 0) barrier_arrive(shared.empty[previous]);
@@ -213,7 +172,8 @@ SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& sh
 }
 
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_constant__ WeightGradParams params) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    weight_grad_kernel(const __grid_constant__ WeightGradParams params) {
   Storage<Tile>& shared = dynamic_shared<Storage<Tile>>();
   if (thread_index() == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
@@ -232,71 +192,6 @@ __global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_c
   } else {
     claim_registers<232>();
     multiply<T>(params, shared, share, warpgroup - 1);
-  }
-}
-
-// kGroups neighbours in a block share one vector of four columns: each adds every kGroups-th partial sum, then
-// the first adds theirs in order.
-template <class T, int kGroups>
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const __grid_constant__ ReduceParams params) {
-  constexpr int32_t kVectors = kReduceThreads / kGroups;
-  struct Sums {
-    float values[kGroups][kVectors][4];
-  };
-  Sums& shared = dynamic_shared<Sums>();
-  const int32_t vector = static_cast<int32_t>(thread_index()) % kVectors;
-  const int32_t group = static_cast<int32_t>(thread_index()) / kVectors;
-  const int64_t vectors_per_row = static_cast<int64_t>(params.units) * (kUnitChannels / 4);
-  const int64_t index = static_cast<int64_t>(block_index().x) * kVectors + vector;
-  const int32_t row = static_cast<int32_t>(index / vectors_per_row);
-  const int32_t column = static_cast<int32_t>(index - row * vectors_per_row) * 4;
-  const int32_t unit = column / kUnitChannels;
-  const int32_t tap = unit / params.channel_blocks;
-  const int32_t channel = (unit - tap * params.channel_blocks) * kUnitChannels + column % kUnitChannels;
-  const bool wanted = row < params.out_channels && channel < params.in_channels;
-
-  float sums[4] = {0, 0, 0, 0};
-  if (wanted) {
-    const int32_t row_tile = row / params.tile_rows;
-    const int32_t column_tile = unit / params.tile_units;
-    const int64_t tile = static_cast<int64_t>(column_tile) * params.row_tiles + row_tile;
-    const int64_t items = static_cast<int64_t>(params.tiles) * params.chunks;
-    // The block that holds item q is the last whose share begins at or before it.
-    const int64_t first = ((tile * params.chunks + 1) * params.blocks - 1) / items;
-    const int64_t last = ((tile + 1) * params.chunks * params.blocks - 1) / items;
-    const int32_t tile_columns = params.tile_units * kUnitChannels;
-    const int64_t slot_elements = static_cast<int64_t>(params.tile_rows) * tile_columns;
-    const float* partial = params.partial_sums +
-                           static_cast<int64_t>(row - row_tile * params.tile_rows) * tile_columns +
-                           (column - column_tile * tile_columns);
-#pragma unroll 4
-    for (int64_t block = first + group; block <= last; block += kGroups) {
-      const Vector16 value = load_global<Vector16>(partial + (block + tile) * slot_elements);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] += bits_float(value.words[i]);
-    }
-  }
-  if constexpr (kGroups > 1) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) shared.values[group][vector][i] = sums[i];
-    block_barrier();
-    if (group != 0) return;
-    for (int other = 1; other < kGroups; ++other) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] += shared.values[other][vector][i];
-    }
-  }
-  if (!wanted) return;
-  const int32_t tap_row = tap / params.kernel_columns;
-  T* output = static_cast<T*>(params.output) + row * params.output_strides.batch +
-              channel * params.output_strides.channel + tap_row * params.output_strides.row +
-              (tap - tap_row * params.kernel_columns) * params.output_strides.column;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (channel + i >= params.in_channels) return;
-    if (params.accumulate) sums[i] += to_accumulator(*output);
-    *output = from_accumulator<T>(sums[i]);
-    output += params.output_strides.channel;
   }
 }
 
@@ -344,16 +239,14 @@ Schedule schedule_of(const ConvWeightGradParams& params, const DeviceTraits& tra
     for (int32_t j = 0; j < params.grid.columns.patches; ++j) chunks += patch_chunks(params, i, j);
   }
   schedule.chunks = static_cast<int32_t>(chunks);
-  const int64_t items = chunks * schedule.row_tiles * schedule.column_tiles;
-  // A share of fewer than four chunks costs more in partial sums than it saves.
-  schedule.blocks = static_cast<int32_t>(std::clamp<int64_t>(items / 4, 1, traits.multiprocessors));
+  schedule.blocks = reduction_blocks(schedule.row_tiles * schedule.column_tiles, chunks, traits.multiprocessors);
   return schedule;
 }
 
 template <class T, class Tile>
 void launch_products(const WeightGradParams& params, int32_t blocks, cudaStream_t stream) {
-  kernels::launch(&weight_grad_kernel<T, Tile>, Dim3{static_cast<unsigned>(blocks), 1u, 1u}, Dim3{kThreads, 1u, 1u},
-                  sizeof(Storage<Tile>), stream, params);
+  kernels::launch(&weight_grad_kernel<T, Tile>, Dim3{static_cast<unsigned>(blocks), 1u, 1u},
+                  Dim3{kBlockThreads, 1u, 1u}, sizeof(Storage<Tile>), stream, params);
 }
 
 template <class T>
@@ -380,12 +273,14 @@ void launch_products(const Schedule& schedule, const WeightGradParams& params, c
   }
 }
 
-template <class T, int kGroups>
-void launch_reduce(const ReduceParams& params, cudaStream_t stream) {
-  constexpr int64_t kVectors = kReduceThreads / kGroups;
-  const int64_t vectors = int64_t{params.out_channels} * params.units * (kUnitChannels / 4);
-  kernels::launch(&reduce_kernel<T, kGroups>, Dim3{static_cast<unsigned>((vectors + kVectors - 1) / kVectors), 1u, 1u},
-                  Dim3{kReduceThreads, 1u, 1u}, sizeof(float) * 4 * kReduceThreads, stream, params);
+}  // namespace
+
+namespace {
+
+bool takes_window_kernel(const ConvWeightGradParams& params) {
+  const double efficiency = window_weight_grad_efficiency(params);
+  if (tuning().window >= 0) return tuning().window == 1 && efficiency > 0;
+  return efficiency > 0.7;
 }
 
 }  // namespace
@@ -434,11 +329,13 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
 }
 
 int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  if (takes_window_kernel(params)) return window_weight_grad_workspace_bytes(params, traits);
   const Schedule schedule = schedule_of(params, traits);
   return schedule.slots() * schedule.slot_elements() * static_cast<int64_t>(sizeof(float));
 }
 
 void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
+  if (takes_window_kernel(params)) return launch_window_weight_grad(params, traits, workspace, stream);
   const Schedule schedule = schedule_of(params, traits);
   WeightGradParams products{};
   products.chunks = schedule.chunks;
@@ -447,7 +344,8 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
   products.column_dilation = static_cast<int32_t>(params.column_window.dilation);
   products.row_dilation = static_cast<int32_t>(params.row_window.dilation);
   products.kernel_columns = static_cast<int32_t>(params.column_window.kernel);
-  products.channel_blocks = (params.in_channels_per_group + kUnitChannels - 1) / kUnitChannels;
+  products.kernel_rows = static_cast<int32_t>(params.row_window.kernel);
+  products.taps = products.kernel_rows * products.kernel_columns;
   products.units = schedule.units;
   products.row_tiles = schedule.row_tiles;
   products.column_tiles = schedule.column_tiles;
@@ -469,36 +367,21 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
     }
   }
 
-  ReduceParams reduce{};
-  reduce.type = params.type;
-  reduce.out_channels = params.out_channels;
-  reduce.in_channels = params.in_channels_per_group;
-  reduce.channel_blocks = products.channel_blocks;
-  reduce.units = schedule.units;
-  reduce.kernel_columns = products.kernel_columns;
-  reduce.row_tiles = schedule.row_tiles;
-  reduce.tile_rows = 64 * schedule.row_blocks;
-  reduce.tile_units = schedule.tile_units;
-  reduce.chunks = schedule.chunks;
-  reduce.blocks = schedule.blocks;
-  reduce.tiles = schedule.row_tiles * schedule.column_tiles;
-  reduce.accumulate = params.accumulate;
-  reduce.output_strides = params.output_strides;
-  reduce.partial_sums = products.partial_sums;
-  reduce.output = params.output;
-
+  PartialSums partial_sums{};
+  partial_sums.units = schedule.units;
+  partial_sums.taps = products.taps;
+  partial_sums.row_tiles = schedule.row_tiles;
+  partial_sums.tile_rows = 64 * schedule.row_blocks;
+  partial_sums.tile_units = schedule.tile_units;
+  partial_sums.chunks = schedule.chunks;
+  partial_sums.blocks = schedule.blocks;
+  partial_sums.tiles = schedule.row_tiles * schedule.column_tiles;
+  partial_sums.values = products.partial_sums;
   dispatch_half_type(params.kOperator, params.type, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     launch_products<T>(schedule, products, stream);
-    const int32_t summands = schedule.blocks / reduce.tiles;
-    if (summands >= 16) {
-      launch_reduce<T, 16>(reduce, stream);
-    } else if (summands >= 4) {
-      launch_reduce<T, 4>(reduce, stream);
-    } else {
-      launch_reduce<T, 1>(reduce, stream);
-    }
   });
+  launch_reduce(params, partial_sums, stream);
 }
 
 }  // namespace splitkern::kernels::sm90

@@ -377,32 +377,6 @@ Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems) {
   return best;
 }
 
-TiledMap tiled_map(ElementType type, const void* base, const Strides4& strides, int32_t channels, int32_t images,
-                   int64_t rows, int64_t columns, int32_t box_rows, int32_t box_columns) {
-  TiledMap map{};
-  map.type = type;
-  map.base = base;
-  map.rank = 4;
-  Im2colMap steps{};
-  steps.channels = channels;
-  steps.columns = static_cast<int32_t>(columns);
-  steps.rows = static_cast<int32_t>(rows);
-  steps.images = images;
-  set_strides(steps, strides, 1, 1);
-  const int32_t extents[] = {channels, steps.columns, steps.rows, images};
-  const int64_t strides_bytes[] = {steps.column_stride_bytes, steps.row_stride_bytes, steps.image_stride_bytes};
-  const int32_t box[] = {kChannels, box_columns, box_rows, 1};
-  std::copy_n(extents, 4, map.extents);
-  std::copy_n(strides_bytes, 3, map.strides_bytes);
-  std::copy_n(box, 4, map.box);
-  map.swizzle = Swizzle::k128Bytes;
-  return map;
-}
-
-const void* at(const void* base, const Strides4& strides, int64_t row, int64_t column) {
-  return static_cast<const unsigned char*>(base) + (row * strides.row + column * strides.column) * kElementBytes;
-}
-
 template <class T, class Tile, bool kInputGrad>
 void launch_tiles(const WindowParams<kInputGrad>& params, int32_t multiprocessors, cudaStream_t stream) {
   static_assert(sizeof(Storage<Tile>) <= kSharedBytes);
@@ -452,15 +426,15 @@ WindowParams<kInputGrad> describe(const Plan& plan, const GemmCall& call, const 
     const int32_t index = params.problem_count++;
     const int32_t box_rows = groups * strip.group_rows + border_rows;
     const void* operand =
-        at(call.operand, call.operand_strides, problem.rows.operand_begin, problem.columns.operand_begin);
-    const void* output = at(call.output, call.output_strides, problem.rows.output_begin,
-                            problem.columns.output_begin + strip.first_column);
+        address_of(call.operand, call.operand_strides, problem.rows.operand_begin, problem.columns.operand_begin);
+    const void* output = address_of(call.output, call.output_strides, problem.rows.output_begin,
+                                    problem.columns.output_begin + strip.first_column);
     params.operand[index] =
-        encode(tiled_map(call.type, operand, call.operand_strides, call.reduction_channels, call.images,
-                         problem.rows.operand_extent, problem.columns.operand_extent, box_rows, strip.box_columns),
+        encode(box_map(call.type, operand, call.operand_strides, call.reduction_channels, call.images,
+                       problem.rows.operand_extent, problem.columns.operand_extent, box_rows, strip.box_columns),
                params.kOperator);
-    params.output[index] = encode(tiled_map(call.type, output, call.output_strides, call.channels, call.images,
-                                            problem.rows.outputs, strip.columns, strip.group_rows, strip.box_columns),
+    params.output[index] = encode(box_map(call.type, output, call.output_strides, call.channels, call.images,
+                                          problem.rows.outputs, strip.columns, strip.group_rows, strip.box_columns),
                                   params.kOperator);
     auto& described = params.problems[index];
     described.lower_column = static_cast<int32_t>(problem.columns.lower) + strip.first_column;
