@@ -123,12 +123,15 @@ SPLITKERN_DEVICE void multiply(const WindowGradParams& params, Storage& shared, 
       uint64_t b = matrix_descriptor(inputs, Swizzle::k128Bytes,
                                      static_cast<uint32_t>(params.offset_column_step * kPixelBytes), 1024);
       barrier_wait(shared.full[ring.index], ring.parity);
-      wgmma_fence();
-      for (int32_t pixel = 0; pixel < pixels; pixel += kStepPixels) {
+      int32_t pixel = 0;
+#pragma unroll 1
+      do {
+        wgmma_fence();  // in the loop: the compiler would add it
         wgmma<T, kColumns, true, true>(sums, a, b, done != 0 || pixel != 0);
         a = advance(a, kStepPixels * kPixelBytes);
         b = advance(b, kStepPixels * kPixelBytes);
-      }
+        pixel += kStepPixels;
+      } while (pixel < pixels);
       wgmma_commit();
       wgmma_wait<1>();  // the batch before has been read
       if (previous >= 0 && thread == 0) barrier_arrive(shared.empty[previous]);
