@@ -123,18 +123,16 @@ SPLITKERN_DEVICE void multiply(const WindowGradParams& params, Storage& shared, 
       uint64_t b = matrix_descriptor(inputs, Swizzle::k128Bytes,
                                      static_cast<uint32_t>(params.offset_column_step * kPixelBytes), 1024);
       barrier_wait(shared.full[ring.index], ring.parity);
-      int32_t pixel = 0;
-#pragma unroll 1
-      do {
-        wgmma_fence();  // in the loop: the compiler would add it
+      for (int32_t pixel = 0; pixel < pixels; pixel += kStepPixels) {
+        wgmma_fence();
         wgmma<T, kColumns, true, true>(sums, a, b, done != 0 || pixel != 0);
+        wgmma_commit();
+        wgmma_wait<1>();  // the product before has been read
+        if (previous >= 0 && thread == 0) barrier_arrive(shared.empty[previous]);
+        previous = -1;
         a = advance(a, kStepPixels * kPixelBytes);
         b = advance(b, kStepPixels * kPixelBytes);
-        pixel += kStepPixels;
-      } while (pixel < pixels);
-      wgmma_commit();
-      wgmma_wait<1>();  // the batch before has been read
-      if (previous >= 0 && thread == 0) barrier_arrive(shared.empty[previous]);
+      }
       previous = static_cast<int32_t>(ring.index);
       ring.next();
     }
