@@ -6,9 +6,11 @@ first: the library finds torch's symbols in the process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from splitkern._version import __version__
 
 _LIBRARY = Path(__file__).with_name("_ops.so")
+_Tf32Query = ctypes.CFUNCTYPE(ctypes.c_int32)
 _REBUILD = "rebuild it with `make build` in the source tree, or `pip install --no-build-isolation .`"
 
 
@@ -75,10 +78,26 @@ def _load(path: Path) -> BuildInfo:
     )
 
 
+def _allows_tf32() -> int:
+    """Whether PyTorch lets fp32 convolutions round to tf32, however that was set (`torch.backends`, old or new names).
+
+    The library asks at each fp32 convolution on CUDA; the stable ABI shows it no setting of PyTorch's.
+    """
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch replaces the module by an object
+    return int(conv.fp32_precision == "tf32")
+
+
+_tf32_query = _Tf32Query(_allows_tf32)  # the library keeps its address, so it lives as long as the process
+
+
 @functools.cache
 def load() -> BuildInfo:
     """Loads the library, once, and returns what it says of itself; ImportError names the file and the reason."""
-    return _load(_LIBRARY)
+    info = _load(_LIBRARY)
+    register = getattr(ctypes.CDLL(info.library), "splitkern_set_tf32_query", None)
+    if register is not None:  # a CPU-only build has no kernels that could ask
+        register(_tf32_query)
+    return info
 
 
 def build_info() -> BuildInfo:
@@ -93,3 +112,31 @@ def build_info() -> BuildInfo:
         True
     """
     return load()
+
+
+@contextlib.contextmanager
+def forced_path(name: str, library: Path | None = None) -> Iterator[None]:
+    """Makes every CUDA convolution inside the block take one path; a call that the path refuses raises RuntimeError.
+
+    For tests and benchmarks. It holds for the whole process, so blocks of different threads must not overlap.
+
+    Args:
+        name: "plain", "depthwise", "first_layer", "sm80", "sm90", or "" for the automatic choice.
+        library: another file that holds the kernels (the tests have one that runs them on the CPU); this package's
+            library unless given.
+
+    Raises:
+        ValueError: no path has that name.
+        RuntimeError: the library was built without the CUDA kernels.
+    """
+    path = Path(build_info().library) if library is None else library
+    try:
+        force = ctypes.CDLL(str(path)).splitkern_force_path
+    except AttributeError:
+        raise RuntimeError(f"splitkern: {path} was built without the CUDA kernels, so no path can be forced") from None
+    if force(name.encode()) != 0:
+        raise ValueError(f"splitkern: path must be plain, depthwise, first_layer, sm80 or sm90, got {name!r}")
+    try:
+        yield
+    finally:
+        force(None)

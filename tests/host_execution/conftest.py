@@ -70,5 +70,10 @@ def load(library: Path, namespace: str) -> Operators:
 
 
 @pytest.fixture(scope="session")
-def operators(host_build: Path) -> Operators:
-    return load(host_build / "_ops_host_execution.so", "splitkern_host")
+def host_library(host_build: Path) -> Path:
+    return host_build / "_ops_host_execution.so"
+
+
+@pytest.fixture(scope="session")
+def operators(host_library: Path) -> Operators:
+    return load(host_library, "splitkern_host")

@@ -49,16 +49,23 @@ class Operators:
         return results.cpu() if isinstance(results, Tensor) else tuple(r.cpu() for r in results)
 
     def _check_out(self, name: str, placed: list[Any], expected: tuple[Tensor, ...]) -> None:
-        """`.out` into views of larger tensors: the same bits inside, nothing touched around."""
+        """`.out` into views of larger tensors: the same bits inside, nothing touched around.
+
+        The parent has the memory format and the alignment of the result, so that the same kernels write it.
+        """
         overload = getattr(getattr(self.namespace, name), "out", None)
         if overload is None:
             return
         names = [a.name for a in overload._schema.arguments if a.kwarg_only]
         parents, views = [], []
         for result in expected:
-            parent = torch.full([size + 3 for size in result.shape], 77, dtype=result.dtype, device=result.device)
+            channels_last = result.dim() == 4 and result.is_contiguous(memory_format=torch.channels_last)
+            format = torch.channels_last if channels_last else torch.contiguous_format
+            margins = [(1, 2), (8, 8), (1, 2), (1, 2)][: result.dim()]
+            shape = [size + sum(margin) for size, margin in zip(result.shape, margins, strict=True)]
+            parent = torch.full(shape, 77, dtype=result.dtype, device=result.device).contiguous(memory_format=format)
             parents.append(parent)
-            views.append(parent[tuple(slice(1, 1 + size) for size in result.shape)])
+            views.append(parent[tuple(slice(a, a + size) for size, (a, _) in zip(result.shape, margins, strict=True))])
         extra = [False] if name == "patch_conv2d_weight_grad" else []
         overload(*placed, *extra, **dict(zip(names, views, strict=True)))
         for parent, view, result in zip(parents, views, expected, strict=True):
@@ -85,6 +92,11 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
     if layout == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     n, c, h, w = shape
+    if layout == "aligned channels_last view":  # what a patch of a joined tensor is
+        parent = torch.full((n + 1, c + 16, h + 3, w + 2), 1e3, dtype=dtype)
+        view = parent.contiguous(memory_format=torch.channels_last)[1:, 8 : c + 8, 2 : h + 2, 1 : w + 1]
+        view.copy_(values)
+        return view
     if layout in ("view", "channels_last view"):
         parent = torch.full((n + 1, c + 2, h + 3, w + 2), 1e3, dtype=dtype)
         if layout == "channels_last view":

@@ -1,24 +1,22 @@
-// The machine on the CPU, for the tests: one thread after another, so there are neither barriers nor
-// shared memory. Included by primitives.h alone.
+// The machine on the CPU, for the tests: the twin of device.h and, through the headers included last, of
+// device_mma.h and device_hopper.h. Included by primitives.h alone; machine.h runs the threads.
 #pragma once
 
 #include <bit>
 #include <cmath>
+#include <typeinfo>
 
 #include "kernels/launchers.h"
+#include "machine.h"
 
 #define __global__
 #define __grid_constant__
+#define __launch_bounds__(...)
 #define SPLITKERN_DEVICE inline
 #define SPLITKERN_HOST_DEVICE inline
 
 namespace splitkern::kernels {
 
-struct Dim3 {
-  unsigned x = 1;
-  unsigned y = 1;
-  unsigned z = 1;
-};
 struct Half {
   uint16_t bits;
 };
@@ -26,17 +24,12 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-struct HostThread {
-  int64_t index;
-  int64_t count;
-};
-inline thread_local HostThread host_thread{0, 1};
-
 inline int64_t global_thread_index() {
-  return host_thread.index;
+  const host::Thread& thread = host::current_thread();
+  return static_cast<int64_t>(thread.block->index.x) * host::current_launch->block.x + thread.index;
 }
 inline int64_t global_thread_count() {
-  return host_thread.count;
+  return static_cast<int64_t>(host::current_launch->grid.x) * host::current_launch->block.x;
 }
 
 inline float to_accumulator(float value) {
@@ -110,19 +103,148 @@ inline double square_root(double value) {
   return std::sqrt(value);
 }
 
-// Threads run in descending order, so that a kernel that relies on an earlier thread shows it.
+// --- Threads -------------------------------------------------------------------------------------
+
+inline constexpr uint32_t kWarpThreads = host::kWarpThreads;
+
+inline uint32_t thread_index() {
+  return host::current_thread().index;
+}
+inline uint32_t lane_index() {
+  return host::current_thread().index % kWarpThreads;
+}
+inline uint32_t warp_index() {
+  return host::current_thread().index / kWarpThreads;
+}
+inline uint32_t block_threads() {
+  return host::current_launch->block.x;
+}
+inline Dim3 block_index() {
+  return host::current_thread().block->index;
+}
+inline Dim3 grid_extent() {
+  return host::current_launch->grid;
+}
+
+inline void block_barrier() {
+  host::meet_block(0, 0, "block_barrier");
+}
+inline void warp_barrier() {
+  host::meet_warp("warp_barrier", nullptr, true, nullptr);
+}
+inline void named_barrier(uint32_t barrier, uint32_t threads) {
+  host::meet_block(barrier, threads, barrier == 0 ? "block_barrier" : "named_barrier");
+}
+template <class Value>
+Value shuffle(Value value, uint32_t lane) {
+  static_assert(sizeof(Value) == 4 || sizeof(Value) == 8);
+  host::exchange(&value, sizeof(Value), lane, "shuffle");
+  return value;
+}
+template <class Value>
+Value shuffle_xor(Value value, uint32_t mask) {
+  static_assert(sizeof(Value) == 4 || sizeof(Value) == 8);
+  host::exchange(&value, sizeof(Value), lane_index() ^ mask, "shuffle_xor");
+  return value;
+}
+inline uint32_t ballot(bool predicate) {
+  return host::vote(predicate);
+}
+inline uint32_t count_bits(uint32_t value) {
+  return static_cast<uint32_t>(std::popcount(value));
+}
+
+// --- Memory --------------------------------------------------------------------------------------
+
+// All bits set, a NaN in every floating-point type, until the block has written it.
+template <class Storage>
+Storage& dynamic_shared() {
+  static_assert(std::is_trivially_copyable_v<Storage> && alignof(Storage) <= 1024);
+  return *reinterpret_cast<Storage*>(host::dynamic_shared(sizeof(Storage), typeid(Storage).name()));
+}
+
+struct alignas(16) Vector16 {
+  uint32_t words[4];
+};
+struct alignas(8) Vector8 {
+  uint32_t words[2];
+};
+template <class Vector>
+Vector load_global(const void* address) {
+  host::check_alignment(address, sizeof(Vector), "load_global");
+  Vector value;
+  __builtin_memcpy(&value, address, sizeof(Vector));
+  return value;
+}
+template <class Vector>
+Vector load_global_streaming(const void* address) {
+  host::check_alignment(address, sizeof(Vector), "load_global_streaming");
+  Vector value;
+  __builtin_memcpy(&value, address, sizeof(Vector));
+  return value;
+}
+template <class Vector>
+void store_global(void* address, const Vector& value) {
+  host::check_alignment(address, sizeof(Vector), "store_global");
+  __builtin_memcpy(address, &value, sizeof(Vector));
+}
+template <class Vector>
+void store_global_streaming(void* address, const Vector& value) {
+  host::check_alignment(address, sizeof(Vector), "store_global_streaming");
+  __builtin_memcpy(address, &value, sizeof(Vector));
+}
+
+// --- Elements ------------------------------------------------------------------------------------
+
+template <class T>
+T from_bits(uint16_t bits) {
+  return T{bits};
+}
+inline uint16_t to_bits(Half value) {
+  return value.bits;
+}
+inline uint16_t to_bits(BFloat16 value) {
+  return value.bits;
+}
+inline uint32_t float_bits(float value) {
+  return std::bit_cast<uint32_t>(value);
+}
+inline float bits_float(uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+template <class T>
+uint32_t pack2(float low, float high) {
+  return from_accumulator<T>(low).bits | static_cast<uint32_t>(from_accumulator<T>(high).bits) << 16;
+}
+// The 13 low bits of the result are zero here; the device leaves them undefined, so nothing may read them.
+inline uint32_t to_tf32(float value) {
+  const uint32_t bits = float_bits(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return (bits & 0x7fffffu) == 0 ? bits : 0x7fffffffu & ~0x1fffu;
+  return (bits + 0x1000u) & ~0x1fffu;  // adding half a unit to the magnitude: ties go away from zero
+}
+
+// --- Launching -----------------------------------------------------------------------------------
+
+namespace host_launch {
+
 template <class Params>
-void launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
-            const Params& params) {
-  if (shared_bytes != 0 || stream != nullptr || grid.y * grid.z * block.y * block.z != 1) {
-    throw std::runtime_error(std::string(Params::kOperator) +
-                             ": host execution takes one-dimensional launches without shared memory or stream");
+struct Closure {
+  void (*kernel)(Params);
+  const Params* params;
+
+  static void run(const void* closure) {
+    const auto& self = *static_cast<const Closure*>(closure);
+    self.kernel(*self.params);
   }
-  const int64_t threads = static_cast<int64_t>(grid.x) * block.x;
-  for (int64_t index = threads - 1; index >= 0; --index) {
-    host_thread = {index, threads};
-    kernel(params);
-  }
+};
+
+}  // namespace host_launch
+
+template <class Params>
+void launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t, const Params& params) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 32764);
+  const host_launch::Closure<Params> closure{kernel, &params};
+  host::execute({Params::kOperator, grid, block, 1, shared_bytes, &host_launch::Closure<Params>::run, &closure});
 }
 
 }  // namespace splitkern::kernels

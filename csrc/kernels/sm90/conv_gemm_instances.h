@@ -5,18 +5,10 @@
 
 namespace splitkern::kernels::sm90 {
 
-template <class Function, int... kIndices>
-void each_on_host(std::integer_sequence<int, kIndices...>, const Function& function) {
-  (function(Index<kIndices>{}), ...);
-}
-
 template <class T, bool kInputGrad>
 void launch_gemm_tile(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream) {
-  bool launched = false;
-  each_on_host(std::make_integer_sequence<int, kGemmTileCount>{}, [&](auto index) {
-    if (index != tile) return;
-    launched = true;
+  const bool launched = with_index<kGemmTileCount>(tile, [&](auto index) {
     launch_gemm<GemmTraits<T, kInputGrad, index>>(call, problems, multiprocessors, stream);
   });
   if (!launched) {

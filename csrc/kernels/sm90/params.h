@@ -56,4 +56,56 @@ struct GemmParams {
 };
 static_assert(sizeof(GemmParams<false>) <= kMaxParamsBytes);
 
+// A patch of the weight gradient: its output pixels are the reduction, cut into chunks that the stages hold.
+struct WeightGradPatch {
+  int32_t first_chunk;
+  int32_t columns;  // of the outputs
+  int32_t rows;
+  int32_t lower_column;
+  int32_t lower_row;
+};
+
+inline constexpr int kMaxWeightGradPatches = 112;
+
+// partial_sums[segment][out channel][tap][in channel] = sum over the segment's chunks of gradient * input.
+// A work item is (segment, tile of out channels, tile of (tap, 64 in-channels) blocks), the last fastest.
+struct WeightGradParams {
+  static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
+  int32_t patches;
+  int32_t chunks;
+  int32_t segments;  // shares of the chunks
+  int32_t items;
+  int32_t column_tiles;  // of (tap, channel block) blocks
+  int32_t tiles;         // of one segment
+  int32_t out_channels;
+  int32_t in_channels;
+  int32_t channel_blocks;
+  int32_t taps;
+  int32_t kernel_columns;
+  int32_t column_step;  // the convolution's stride
+  int32_t row_step;
+  int32_t column_dilation;
+  int32_t row_dilation;
+  float* partial_sums;
+  WeightGradPatch patch[kMaxWeightGradPatches];
+  TensorMap gradient[kMaxWeightGradPatches];
+  TensorMap input[kMaxWeightGradPatches];
+};
+static_assert(sizeof(WeightGradParams) <= kMaxParamsBytes);
+
+// Adds the partial sums of every weight element in ascending order of segments.
+struct WeightGradReduceParams {
+  static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
+  int32_t out_channels;
+  int32_t in_channels;
+  int32_t taps;
+  int32_t kernel_columns;
+  int32_t segments;
+  int32_t taps_per_block;
+  bool accumulate;
+  Strides4 output_strides;
+  const float* partial_sums;
+  void* output;
+};
+
 }  // namespace splitkern::kernels::sm90

@@ -19,7 +19,7 @@ constexpr int32_t kChunkPixels = 64;  // of the reduction, per pipeline stage
 constexpr int32_t kBoxBytes = kChunkPixels * kUnitChannels * 2;
 constexpr int32_t kMaxPatches = 116;
 
-struct WeightGradParams {
+struct ShareGradParams {
   static constexpr const char* kOperator = ConvWeightGradParams::kOperator;
   TensorMap grad_output[kMaxPatches];
   TensorMap input[kMaxPatches];
@@ -44,7 +44,7 @@ struct WeightGradParams {
   int32_t column_tiles;
   float* partial_sums;  // [block + tile][kRows][kColumns]
 };
-static_assert(sizeof(WeightGradParams) <= 32764, "kernel parameters are limited to 32764 bytes");
+static_assert(sizeof(ShareGradParams) <= 32764, "kernel parameters are limited to 32764 bytes");
 
 // kRowBlocks = 2: each multiplying warpgroup takes 64 of the tile's 128 output channels and all its units.
 // kRowBlocks = 1: both take the same 64 output channels and half of the units each.
@@ -72,7 +72,7 @@ struct Storage {
 };
 
 template <class Tile>
-SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& shared, Share share) {
+SPLITKERN_DEVICE void produce(const ShareGradParams& params, Storage<Tile>& shared, Share share) {
   Ring<Tile::kStages> ring;
   int32_t patch = 0;
   for (int64_t item = share.begin; item < share.end;) {
@@ -87,7 +87,7 @@ SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& sha
     patch = 0;
     for (int64_t done = 0; done < left; ++done, ++chunk) {
       while (patch + 1 < params.patch_count && params.patches[patch + 1].chunk_begin <= chunk) ++patch;
-      const WeightGradParams::Patch& box = params.patches[patch];
+      const ShareGradParams::Patch& box = params.patches[patch];
       int32_t pixel = (chunk - box.chunk_begin) * kChunkPixels;
       const int32_t line = pixel / box.out_columns;
       const int32_t column = pixel - line * box.out_columns;
@@ -126,7 +126,7 @@ SPLITKERN_DEVICE void produce(const WeightGradParams& params, Storage<Tile>& sha
 }
 
 template <class T, class Tile>
-SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& shared, Share share, int32_t group) {
+SPLITKERN_DEVICE void multiply(const ShareGradParams& params, Storage<Tile>& shared, Share share, int32_t group) {
   constexpr int32_t kGroupColumns = Tile::kGroupColumns;
   const int32_t thread = static_cast<int32_t>(thread_index()) % 128;
   const int32_t row_block = Tile::kRowBlocks == 2 ? group : 0;
@@ -173,7 +173,7 @@ SPLITKERN_DEVICE void multiply(const WeightGradParams& params, Storage<Tile>& sh
 
 template <class T, class Tile>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    weight_grad_kernel(const __grid_constant__ WeightGradParams params) {
+    weight_grad_kernel(const __grid_constant__ ShareGradParams params) {
   Storage<Tile>& shared = dynamic_shared<Storage<Tile>>();
   if (thread_index() == 0) {
     for (int stage = 0; stage < Tile::kStages; ++stage) {
@@ -244,13 +244,13 @@ Schedule schedule_of(const ConvWeightGradParams& params, const DeviceTraits& tra
 }
 
 template <class T, class Tile>
-void launch_products(const WeightGradParams& params, int32_t blocks, cudaStream_t stream) {
+void launch_products(const ShareGradParams& params, int32_t blocks, cudaStream_t stream) {
   kernels::launch(&weight_grad_kernel<T, Tile>, Dim3{static_cast<unsigned>(blocks), 1u, 1u},
                   Dim3{kBlockThreads, 1u, 1u}, sizeof(Storage<Tile>), stream, params);
 }
 
 template <class T>
-void launch_products(const Schedule& schedule, const WeightGradParams& params, cudaStream_t stream) {
+void launch_products(const Schedule& schedule, const ShareGradParams& params, cudaStream_t stream) {
   const int32_t choice = 10 * schedule.row_blocks + schedule.units_per_group;
   switch (choice) {
     case 11:
@@ -275,69 +275,14 @@ void launch_products(const Schedule& schedule, const WeightGradParams& params, c
 
 }  // namespace
 
-namespace {
-
-bool takes_window_kernel(const ConvWeightGradParams& params) {
-  const double efficiency = window_weight_grad_efficiency(params);
-  if (tuning().window >= 0) return tuning().window == 1 && efficiency > 0;
-  return efficiency > 0.7;
-}
-
-}  // namespace
-
-std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& traits) {
-  if (traits.compute_capability != 90) {
-    return "the device's compute capability is " + std::to_string(traits.compute_capability) + ", not 90";
-  }
-  if (params.type != ElementType::kFloat16 && params.type != ElementType::kBFloat16) {
-    return "the element type is neither float16 nor bfloat16";
-  }
-  if (params.out_channels != params.out_channels_per_group) {
-    return "there are " + std::to_string(params.out_channels / params.out_channels_per_group) + " groups, not one";
-  }
-  const AxisPatches& rows = params.grid.rows;
-  const AxisPatches& columns = params.grid.columns;
-  const int64_t patches = int64_t{rows.patches} * columns.patches;
-  if (patches > kMaxPatches) {
-    return "there are " + std::to_string(patches) + " patches, and a launch holds the tensor maps of " +
-           std::to_string(kMaxPatches);
-  }
-  const std::string operands[] = {
-      tensor_refusal("grad_output", params.grad_output, params.out_channels, columns.out_bounds[columns.patches],
-                     rows.out_bounds[rows.patches], params.batch, params.grad_output_strides),
-      tensor_refusal("input", params.input, params.in_channels_per_group, columns.in_bounds[columns.patches],
-                     rows.in_bounds[rows.patches], params.batch, params.input_strides)};
-  for (const std::string& reason : operands) {
-    if (!reason.empty()) return reason;
-  }
-  int64_t pixels = 0;
-  for (int32_t i = 0; i < rows.patches; ++i) {
-    const AxisWalk walk = forward_axis(params.row_window, rows, i);
-    if (std::string reason = walk_refusal(walk, "rows"); !reason.empty()) return reason;
-    for (int32_t j = 0; j < columns.patches; ++j) {
-      pixels = std::max(pixels, patch_chunks(params, i, j) * kChunkPixels);
-    }
-  }
-  for (int32_t j = 0; j < columns.patches; ++j) {
-    const AxisWalk walk = forward_axis(params.column_window, columns, j);
-    if (std::string reason = walk_refusal(walk, "columns"); !reason.empty()) return reason;
-  }
-  if (pixels > std::numeric_limits<int32_t>::max()) {
-    return "a patch has " + std::to_string(pixels) + " pixels over all images, more than 2^31 - 1";
-  }
-  return {};
-}
-
-int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
-  if (takes_window_kernel(params)) return window_weight_grad_workspace_bytes(params, traits);
+int64_t shares_workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
   const Schedule schedule = schedule_of(params, traits);
   return schedule.slots() * schedule.slot_elements() * static_cast<int64_t>(sizeof(float));
 }
 
-void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
-  if (takes_window_kernel(params)) return launch_window_weight_grad(params, traits, workspace, stream);
+void launch_shares(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
   const Schedule schedule = schedule_of(params, traits);
-  WeightGradParams products{};
+  ShareGradParams products{};
   products.chunks = schedule.chunks;
   products.column_stride = static_cast<int32_t>(params.column_window.stride);
   products.row_stride = static_cast<int32_t>(params.row_window.stride);

@@ -1,14 +1,27 @@
 // CUDA bodies of the three convolution operators: check, allocate, describe, launch. Called by the
-// dispatcher; arguments.h refuses everything that the kernels do not expect.
+// dispatcher; arguments.h refuses everything that the kernels do not expect, conv_paths.h chooses the kernels.
 #include "operators.h"
 
 #include "describe.h"
 #include "device_scope.h"
-#include "kernels/launchers.h"
+#include "kernels/conv_paths.h"
+#include "tf32.h"
 
 namespace splitkern::cuda {
 
 namespace {
+
+// One grid of patches after the other, for operators whose patches write apart.
+template <class Params>
+void launch_each(Params& params, const Bounds& bounds, const Tensor& like, cudaStream_t stream) {
+  const kernels::DeviceTraits traits = kernels::device_traits();
+  for (const kernels::PatchGrid& grid : patch_grids(Params::kOperator, bounds)) {
+    params.grid = grid;
+    const kernels::PathChoice choice = kernels::choose_path(params, traits);
+    const Workspace workspace(like, choice.workspace_bytes);
+    kernels::launch_path(choice, params, traits, workspace.data(), stream);
+  }
+}
 
 void run_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvCall& call,
                  const Tensor& output) {
@@ -17,6 +30,7 @@ void run_forward(const Tensor& input, const Tensor& weight, const OptionalTensor
   const DeviceScope device(input);
   kernels::ConvForwardParams params{};
   params.type = element_type(kOperator, input);
+  params.allow_tf32 = allows_tf32(params.type);
   params.batch = to_int32(kOperator, "the batch", output.size(0));
   params.out_channels = to_int32(kOperator, "out_channels", output.size(1));
   params.in_channels_per_group = to_int32(kOperator, "in_channels", weight.size(1));
@@ -35,10 +49,7 @@ void run_forward(const Tensor& input, const Tensor& weight, const OptionalTensor
     params.bias_stride = bias->stride(0);
     params.bias = bias->const_data_ptr();
   }
-  for (const kernels::PatchGrid& grid : patch_grids(kOperator, call.bounds)) {
-    params.grid = grid;
-    kernels::launch_conv_forward(params, device.stream());
-  }
+  launch_each(params, call.bounds, output, device.stream());
 }
 
 void run_input_grad(const Tensor& grad_output, const Tensor& weight, const ConvCall& call, const Tensor& output) {
@@ -47,6 +58,7 @@ void run_input_grad(const Tensor& grad_output, const Tensor& weight, const ConvC
   const DeviceScope device(grad_output);
   kernels::ConvInputGradParams params{};
   params.type = element_type(kOperator, grad_output);
+  params.allow_tf32 = allows_tf32(params.type);
   params.batch = to_int32(kOperator, "the batch", output.size(0));
   params.in_channels = to_int32(kOperator, "in_channels", output.size(1));
   params.in_channels_per_group = to_int32(kOperator, "in_channels", weight.size(1));
@@ -60,10 +72,7 @@ void run_input_grad(const Tensor& grad_output, const Tensor& weight, const ConvC
   params.grad_output = grad_output.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.output = output.mutable_data_ptr();
-  for (const kernels::PatchGrid& grid : patch_grids(kOperator, call.bounds)) {
-    params.grid = grid;
-    kernels::launch_conv_input_grad(params, device.stream());
-  }
+  launch_each(params, call.bounds, output, device.stream());
 }
 
 void run_weight_grad(const Tensor& grad_output, const Tensor& input, const ConvCall& call, bool accumulate,
@@ -71,45 +80,32 @@ void run_weight_grad(const Tensor& grad_output, const Tensor& input, const ConvC
   constexpr const char* kOperator = kernels::ConvWeightGradParams::kOperator;
   if (output.numel() == 0) return;
   const DeviceScope device(grad_output);
-  const std::vector<kernels::PatchGrid> grids = patch_grids(kOperator, call.bounds);
+  // An empty batch has nothing to add up.
+  const std::vector<kernels::PatchGrid> grids =
+      grad_output.numel() == 0 ? std::vector<kernels::PatchGrid>() : patch_grids(kOperator, call.bounds);
 
   kernels::ConvWeightGradParams params{};
   params.type = element_type(kOperator, grad_output);
+  params.allow_tf32 = allows_tf32(params.type);
   params.batch = to_int32(kOperator, "the batch", grad_output.size(0));
   params.out_channels = to_int32(kOperator, "out_channels", output.size(0));
   params.in_channels_per_group = to_int32(kOperator, "in_channels", output.size(1));
   params.out_channels_per_group = to_int32(kOperator, "out_channels", output.size(0) / call.groups);
+  params.accumulate = accumulate;
   params.row_window = window_axis(kOperator, call.window, 0);
   params.column_window = window_axis(kOperator, call.window, 1);
   params.grad_output_strides = element_strides(grad_output);
   params.input_strides = element_strides(input);
+  params.output_strides = element_strides(output);
   params.grad_output = grad_output.const_data_ptr();
   params.input = input.const_data_ptr();
+  params.output = output.mutable_data_ptr();
+  if (!grids.empty()) describe_reduction(params, grad_output.size(0), call.bounds, grids.size());
 
-  // An empty batch has no launch in stage one: stage two then adds nothing.
-  const int64_t launches = grad_output.numel() == 0 ? 0 : static_cast<int64_t>(grids.size());
-  const int64_t units = grad_output.size(0) * call.bounds.out_rows.back() * call.bounds.col_patches();
-  params.segments = launches == 0 ? 0 : reduction_segments(output.numel() * launches, units / launches);
-  const Tensor workspace = new_workspace(grad_output, output.numel() * params.segments * launches);
-  params.partial_sums = workspace.mutable_data_ptr();
-  for (int64_t i = 0; i < launches; ++i) {
-    params.grid = grids[i];
-    params.first_segment = to_int32(kOperator, "the number of partial sums", i * params.segments);
-    kernels::launch_conv_weight_grad(params, device.stream());
-  }
-
-  kernels::ConvWeightGradReduceParams reduce{};
-  reduce.type = params.type;
-  reduce.out_channels = params.out_channels;
-  reduce.in_channels_per_group = params.in_channels_per_group;
-  reduce.kernel_rows = to_int32(kOperator, "kernel rows", output.size(2));
-  reduce.kernel_columns = to_int32(kOperator, "kernel columns", output.size(3));
-  reduce.segments = to_int32(kOperator, "the number of partial sums", params.segments * launches);
-  reduce.accumulate = accumulate;
-  reduce.output_strides = element_strides(output);
-  reduce.partial_sums = workspace.const_data_ptr();
-  reduce.output = output.mutable_data_ptr();
-  kernels::launch_conv_weight_grad_reduce(reduce, device.stream());
+  const kernels::DeviceTraits traits = kernels::device_traits();
+  const kernels::PathChoice choice = kernels::choose_path(params, grids, traits);
+  const Workspace workspace(output, choice.workspace_bytes);
+  kernels::launch_path(choice, params, grids, traits, workspace.data(), device.stream());
 }
 
 }  // namespace

@@ -1,0 +1,62 @@
+// ThreadSanitizer's view of the emulated threads: each CUDA thread is a context of its own, and the only
+// happens-before between them is what the emulated barriers announce here. Used by the machine; empty
+// functions unless SPLITKERN_RACE_CHECK is defined. Files that include it are never instrumented.
+#pragma once
+
+#ifdef SPLITKERN_RACE_CHECK
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+void __tsan_read_range(void* address, unsigned long size);
+void __tsan_write_range(void* address, unsigned long size);
+}
+#endif
+
+namespace splitkern::host::race {
+
+#ifdef SPLITKERN_RACE_CHECK
+inline void* current_context() {
+  return __tsan_get_current_fiber();
+}
+inline void* create_context() {
+  return __tsan_create_fiber(0);
+}
+inline void destroy_context(void* context) {
+  __tsan_destroy_fiber(context);
+}
+inline void enter(void* context) {
+  constexpr unsigned kWithoutOrder = 1;
+  __tsan_switch_to_fiber(context, kWithoutOrder);
+}
+inline void acquire(const void* address) {
+  __tsan_acquire(const_cast<void*>(address));
+}
+inline void release(const void* address) {
+  __tsan_release(const_cast<void*>(address));
+}
+inline void reads(const void* address, unsigned long bytes) {
+  __tsan_read_range(const_cast<void*>(address), bytes);
+}
+inline void writes(void* address, unsigned long bytes) {
+  __tsan_write_range(address, bytes);
+}
+#else
+inline void* current_context() {
+  return nullptr;
+}
+inline void* create_context() {
+  return nullptr;
+}
+inline void destroy_context(void*) {}
+inline void enter(void*) {}
+inline void acquire(const void*) {}
+inline void release(const void*) {}
+inline void reads(const void*, unsigned long) {}
+inline void writes(void*, unsigned long) {}
+#endif
+
+}  // namespace splitkern::host::race
