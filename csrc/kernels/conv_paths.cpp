@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "plain/conv.h"
 #if __has_include("depthwise/conv.h")
@@ -101,6 +102,7 @@ std::string why_not(const Candidate<Params>& candidate, const Params& params, co
 template <class Params>
 PathChoice choose(const Params& params, const DeviceTraits& traits, const std::string& common_refusal) {
   const int32_t forced = forced_path.load(std::memory_order_relaxed);
+  // Texts grow by append: GCC 12 warns, wrongly, of overlaps in what it inlines of `"text" + string`.
   std::string others;
   for (const Candidate<Params>& candidate : kCandidates<Params>) {
     if (forced != kAutomatic && static_cast<int32_t>(candidate.path) != forced) continue;
@@ -115,7 +117,7 @@ PathChoice choose(const Params& params, const DeviceTraits& traits, const std::s
       throw std::runtime_error(std::string(Params::kOperator) + ": the path " + name_of(candidate.path) +
                                " was forced, but it does not take this call: " + refusal);
     }
-    others += std::string("; not ") + name_of(candidate.path) + ": " + refusal;
+    others.append("; not ").append(name_of(candidate.path)).append(": ").append(refusal);
   }
   throw std::runtime_error(std::string(Params::kOperator) + ": the path " + name_of(static_cast<Path>(forced)) +
                            " was forced, but this build does not hold it");
@@ -150,12 +152,17 @@ PathChoice choose_path(const ConvInputGradParams& params, const DeviceTraits& tr
 PathChoice choose_path(const ConvWeightGradParams& params, std::span<const PatchGrid> grids,
                        const DeviceTraits& traits) {
   ConvWeightGradParams first = params;
-  if (!grids.empty()) first.grid = grids[0];
-  PathChoice choice = choose(first, traits,
-                             grids.empty()      ? "there is nothing to add up"
-                             : grids.size() > 1 ? "more than " + std::to_string(kMaxPatchesPerAxis) +
-                                                      " patches on an axis, which are summed over several launches"
-                                                : std::string());
+  std::string common_refusal;
+  if (grids.empty()) {
+    common_refusal = "there is nothing to add up";
+  } else {
+    first.grid = grids[0];
+    if (grids.size() > 1) {
+      common_refusal.append("more than ").append(std::to_string(kMaxPatchesPerAxis));
+      common_refusal.append(" patches on an axis, which are summed over several launches");
+    }
+  }
+  PathChoice choice = choose(first, traits, common_refusal);
   if (choice.path == Path::kPlain) choice.workspace_bytes = plain::weight_grad_workspace_bytes(params, grids.size());
   return choice;
 }
@@ -178,6 +185,10 @@ void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, s
   launch_chosen(choice, only, traits, workspace, stream);
 }
 
+bool plain_path_is_forced() {
+  return forced_path.load(std::memory_order_relaxed) == static_cast<int32_t>(Path::kPlain);
+}
+
 }  // namespace splitkern::kernels
 
 extern "C" const char* splitkern_conv_paths() {
@@ -185,7 +196,7 @@ extern "C" const char* splitkern_conv_paths() {
   static const std::string names = [] {
     std::string text;
     for (const auto& candidate : kCandidates<ConvForwardParams>) {
-      text += (text.empty() ? "" : " ") + std::string(name_of(candidate.path));
+      text.append(text.empty() ? "" : " ").append(name_of(candidate.path));
     }
     return text;
   }();

@@ -27,6 +27,9 @@ void launch_path(const PathChoice& choice, const ConvInputGradParams& params, co
 void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, std::span<const PatchGrid> grids,
                  const DeviceTraits& traits, void* workspace, cudaStream_t stream);
 
+// True while the plain path is forced: pooling, batch norm and copies then take their plain kernels as well.
+bool plain_path_is_forced();
+
 }  // namespace splitkern::kernels
 
 // The names of the paths in this build, the most preferred first, with a space between.

@@ -221,11 +221,11 @@ def max_pool2d(operators: Operators, case: Case, dtype: torch.dtype, layout: str
     assert_accurate("patch_max_pool2d_backward", backward, truths[0], sames[0], g.kernel[0] * g.kernel[1])
 
 
-def max_pool2d_nan(operators: Operators, case: Case, dtype: torch.dtype) -> None:
+def max_pool2d_nan(operators: Operators, case: Case, dtype: torch.dtype, layout: str = "contiguous") -> None:
     """As in PyTorch, a NaN in the window wins, and the last one if there are several."""
     g = case.geometry
     generator = torch.Generator().manual_seed(3)
-    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, "contiguous", generator)
+    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator)
     input[torch.rand(input.shape, generator=generator) < 0.15] = float("nan")
     window = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), *g.bounds]
     values, offsets = operators("patch_max_pool2d", input, *window)

@@ -242,7 +242,7 @@ SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& share
         const int32_t row = line - image * problem.rows;
         const int32_t column = pixel - line * problem.columns;
         unrolled<Traits::kStoreBlocks>([&](auto block) {
-          const int32_t channel = first_channel + (round * Traits::kStoreBlocks + block) * 64;
+          const int32_t channel = first_channel + (Traits::kSwapped ? 0 : round * Traits::kStoreBlocks + block) * 64;
           if (channel < params.channels) {
             tma_store_im2col(output, staging + block * Traits::kStorePixels * 128, channel, column, row, image);
           }

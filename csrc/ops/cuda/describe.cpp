@@ -1,7 +1,6 @@
 // See describe.h.
 #include "describe.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -91,11 +90,11 @@ void describe_reduction(kernels::ConvWeightGradParams& params, int64_t batch, co
 
 Tensor new_workspace(const Tensor& like, int64_t elements) {
   const ScalarType type = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(like, {&elements, 1}, type);
+  return new_flat(like, elements, type);
 }
 
 Workspace::Workspace(const Tensor& like, int64_t size_bytes) {
-  if (size_bytes > 0) tensor_ = torch::stable::new_empty(like, {&size_bytes, 1}, ScalarType::Byte);
+  if (size_bytes > 0) tensor_ = new_flat(like, size_bytes, ScalarType::Byte);
 }
 
 }  // namespace splitkern::cuda
