@@ -92,6 +92,9 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
     if layout == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     n, c, h, w = shape
+    if layout == "channels_last part":  # rows and columns of a larger tensor, all of its channels
+        parent = torch.full((n + 1, c, h + 3, w + 2), 1e3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return parent[1:, :, 2 : h + 2, 1 : w + 1].copy_(values)
     if layout in ("view", "channels_last view"):
         parent = torch.full((n + 1, c + 2, h + 3, w + 2), 1e3, dtype=dtype)
         if layout == "channels_last view":
