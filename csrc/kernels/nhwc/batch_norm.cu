@@ -273,7 +273,8 @@ SPLITKERN_DEVICE void add_pixels(const Words<kBytes> (&pixels)[kPixels], float (
     }
     const float delta = new_mean - mean[i];
     mean[i] = multiply_add(delta, share, mean[i]);
-    m2[i] = multiply_add(delta * delta, spread, m2[i] + new_m2);
+    // In this order the first values, whose spread is 0, may be as large as they like.
+    m2[i] = multiply_add(delta * spread, delta, m2[i] + new_m2);
   }
 }
 
