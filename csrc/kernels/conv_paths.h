@@ -9,6 +9,8 @@
 
 namespace splitkern::kernels {
 
+const char* name_of(Path path);
+
 // Throw where a forced path (splitkern_force_path) refuses the call.
 PathChoice choose_path(const ConvForwardParams& params, const DeviceTraits& traits);
 PathChoice choose_path(const ConvInputGradParams& params, const DeviceTraits& traits);
@@ -25,7 +27,13 @@ void launch_path(const PathChoice& choice, const ConvInputGradParams& params, co
 void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, std::span<const PatchGrid> grids,
                  const DeviceTraits& traits, void* workspace, cudaStream_t stream);
 
+// True while the plain path is forced: pooling, batch norm and copies then take their plain kernels as well.
+bool plain_path_is_forced();
+
 }  // namespace splitkern::kernels
+
+// The names of the paths in this build, the most preferred first, with a space between.
+extern "C" __attribute__((visibility("default"))) const char* splitkern_conv_paths();
 
 // For tests and benchmarks: every convolution of this library takes the named path ("plain", "depthwise",
 // "first_layer", "sm80", "sm90"), and a call that the path refuses throws. Null or "": automatic again. Returns 0,

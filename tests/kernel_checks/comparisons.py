@@ -92,6 +92,11 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
     if layout == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     n, c, h, w = shape
+    if layout == "aligned channels_last view":  # what a patch of a joined tensor is
+        parent = torch.full((n + 1, c + 16, h + 3, w + 2), 1e3, dtype=dtype)
+        view = parent.contiguous(memory_format=torch.channels_last)[1:, 8 : c + 8, 2 : h + 2, 1 : w + 1]
+        view.copy_(values)
+        return view
     if layout in ("view", "channels_last view"):
         parent = torch.full((n + 1, c + 2, h + 3, w + 2), 1e3, dtype=dtype)
         if layout == "channels_last view":
@@ -216,11 +221,11 @@ def max_pool2d(operators: Operators, case: Case, dtype: torch.dtype, layout: str
     assert_accurate("patch_max_pool2d_backward", backward, truths[0], sames[0], g.kernel[0] * g.kernel[1])
 
 
-def max_pool2d_nan(operators: Operators, case: Case, dtype: torch.dtype) -> None:
+def max_pool2d_nan(operators: Operators, case: Case, dtype: torch.dtype, layout: str = "contiguous") -> None:
     """As in PyTorch, a NaN in the window wins, and the last one if there are several."""
     g = case.geometry
     generator = torch.Generator().manual_seed(3)
-    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, "contiguous", generator)
+    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator)
     input[torch.rand(input.shape, generator=generator) < 0.15] = float("nan")
     window = [list(g.kernel), list(g.stride), list(g.padding), list(g.dilation), *g.bounds]
     values, offsets = operators("patch_max_pool2d", input, *window)
@@ -426,3 +431,18 @@ def max_pool2d_equal(operators: Operators, others: Operators, case: Case, dtype:
         o("patch_max_pool2d_backward", grad_output, offsets, list(input.shape), *window) for o in (operators, others)
     ]
     assert torch.equal(grads[0], grads[1]), "gradients differ"
+
+
+def avg_pool2d_equal(operators: Operators, others: Operators, case: Case, dtype: torch.dtype, layout: str) -> None:
+    """Two implementations of average pooling agree to the bit."""
+    g = case.geometry
+    generator = torch.Generator().manual_seed(13)
+    input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator)
+    input[torch.rand(input.shape, generator=generator) < 0.1] = -0.0
+    grad_output = random_tensor((case.batch, case.in_channels, *g.out_size), dtype, layout, generator)
+    for count_include_pad, divisor_override in ((True, None), (False, None), (False, 7), (True, -2)):
+        window = [list(g.kernel), list(g.stride), list(g.padding), count_include_pad, divisor_override, *g.bounds]
+        outputs = [o("patch_avg_pool2d", input, *window) for o in (operators, others)]
+        assert torch.equal(_bits(outputs[0]), _bits(outputs[1])), "averages differ"
+        grads = [o("patch_avg_pool2d_backward", grad_output, list(input.shape), *window) for o in (operators, others)]
+        assert torch.equal(_bits(grads[0]), _bits(grads[1])), "gradients differ"

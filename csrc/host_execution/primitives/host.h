@@ -11,6 +11,7 @@
 
 #define __global__
 #define __grid_constant__
+#define __launch_bounds__(...)
 #define SPLITKERN_DEVICE inline
 #define SPLITKERN_HOST_DEVICE inline
 
@@ -215,6 +216,40 @@ template <class T>
 uint32_t pack2(float low, float high) {
   return from_accumulator<T>(low).bits | static_cast<uint32_t>(from_accumulator<T>(high).bits) << 16;
 }
+template <class T>
+uint32_t exceeds_mask(uint32_t candidate, uint32_t best) {
+  if constexpr (sizeof(T) == 4) {
+    const float value = bits_float(candidate);
+    return value > bits_float(best) || value != value ? 0xffffffffu : 0u;
+  } else {
+    uint32_t mask = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+      const float value = to_accumulator(T{static_cast<uint16_t>(candidate >> shift)});
+      const float other = to_accumulator(T{static_cast<uint16_t>(best >> shift)});
+      if (value > other || value != value) mask |= 0xffffu << shift;
+    }
+    return mask;
+  }
+}
+template <class T>
+uint32_t equal_mask(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4) {
+    return a == b ? 0xffffffffu : 0u;
+  } else {
+    return ((a ^ b) & 0xffffu ? 0u : 0xffffu) | ((a ^ b) >> 16 ? 0u : 0xffff0000u);
+  }
+}
+template <class T>
+uint32_t add_lanes(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4) {
+    return float_bits(bits_float(a) + bits_float(b));
+  } else {  // fp32 holds enough bits that rounding twice is rounding once (Figueroa 1995)
+    const auto lane = [](uint32_t lanes, int shift) {
+      return to_accumulator(T{static_cast<uint16_t>(lanes >> shift)});
+    };
+    return pack2<T>(lane(a, 0) + lane(b, 0), lane(a, 16) + lane(b, 16));
+  }
+}
 // The 13 low bits of the result are zero here; the device leaves them undefined, so nothing may read them.
 inline uint32_t to_tf32(float value) {
   const uint32_t bits = float_bits(value);
@@ -237,13 +272,19 @@ struct Closure {
   }
 };
 
+template <class Params>
+void run(void (*kernel)(Params), Dim3 grid, uint32_t cluster_blocks, Dim3 block, size_t shared_bytes,
+         const Params& params) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 32764);
+  const Closure<Params> closure{kernel, &params};
+  host::execute({Params::kOperator, grid, block, cluster_blocks, shared_bytes, &Closure<Params>::run, &closure});
+}
+
 }  // namespace host_launch
 
 template <class Params>
 void launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t, const Params& params) {
-  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 32764);
-  const host_launch::Closure<Params> closure{kernel, &params};
-  host::execute({Params::kOperator, grid, block, 1, shared_bytes, &host_launch::Closure<Params>::run, &closure});
+  host_launch::run(kernel, grid, 1, block, shared_bytes, params);
 }
 
 }  // namespace splitkern::kernels

@@ -3,6 +3,7 @@
 // The first maximum in row-major window order wins and, as in PyTorch, the last NaN does.
 #include "../dispatch.h"
 #include "../launchers.h"
+#include "../nhwc/nhwc.h"
 #include "geometry.h"
 
 namespace splitkern::kernels {
@@ -125,6 +126,7 @@ __global__ void max_pool_gather_kernel(const __grid_constant__ MaxPoolGatherPara
 }  // namespace
 
 void launch_max_pool(const MaxPoolParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(output_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&max_pool_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0, stream, params);
@@ -132,6 +134,7 @@ void launch_max_pool(const MaxPoolParams& params, cudaStream_t stream) {
 }
 
 void launch_max_pool_backward(const MaxPoolBackwardParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(input_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&max_pool_backward_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0, stream,
@@ -140,6 +143,7 @@ void launch_max_pool_backward(const MaxPoolBackwardParams& params, cudaStream_t 
 }
 
 void launch_max_pool_gather(const MaxPoolGatherParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(output_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&max_pool_gather_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0, stream, params);

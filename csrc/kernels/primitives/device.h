@@ -221,6 +221,51 @@ SPLITKERN_DEVICE uint32_t pack2<BFloat16>(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+// All bits of each lane (one float, or two halves) where the candidate is greater than the best or is NaN.
+template <class T>
+SPLITKERN_DEVICE uint32_t exceeds_mask(uint32_t candidate, uint32_t best);
+template <>
+SPLITKERN_DEVICE uint32_t exceeds_mask<float>(uint32_t candidate, uint32_t best) {
+  const float value = __uint_as_float(candidate);
+  return value > __uint_as_float(best) || value != value ? 0xffffffffu : 0u;
+}
+template <>
+SPLITKERN_DEVICE uint32_t exceeds_mask<Half>(uint32_t candidate, uint32_t best) {
+  const __half2 values = reinterpret_cast<const __half2&>(candidate);
+  return __hgt2_mask(values, reinterpret_cast<const __half2&>(best)) | __hneu2_mask(values, values);
+}
+template <>
+SPLITKERN_DEVICE uint32_t exceeds_mask<BFloat16>(uint32_t candidate, uint32_t best) {
+  const __nv_bfloat162 values = reinterpret_cast<const __nv_bfloat162&>(candidate);
+  return __hgt2_mask(values, reinterpret_cast<const __nv_bfloat162&>(best)) | __hneu2_mask(values, values);
+}
+// All bits of each lane (one 32-bit or two 16-bit ones, as wide as T) where both hold the same number below 0x7c00.
+template <class T>
+SPLITKERN_DEVICE uint32_t equal_mask(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4) {
+    return a == b ? 0xffffffffu : 0u;
+  } else {  // as fp16 such numbers are finite and not negative, and one instruction compares two
+    return __heq2_mask(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  }
+}
+// Sums of one float or of two halves, each rounded once.
+template <class T>
+SPLITKERN_DEVICE uint32_t add_lanes(uint32_t a, uint32_t b);
+template <>
+SPLITKERN_DEVICE uint32_t add_lanes<float>(uint32_t a, uint32_t b) {
+  return __float_as_uint(__fadd_rn(__uint_as_float(a), __uint_as_float(b)));
+}
+template <>
+SPLITKERN_DEVICE uint32_t add_lanes<Half>(uint32_t a, uint32_t b) {
+  const __half2 sum = __hadd2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+template <>
+SPLITKERN_DEVICE uint32_t add_lanes<BFloat16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 sum =
+      __hadd2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
 // The value rounded to tf32 (nearest, ties away from zero), as the bits that mma_tf32 reads.
 SPLITKERN_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;

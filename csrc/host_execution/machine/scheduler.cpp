@@ -1,8 +1,8 @@
-// The scheduler of host execution (primitives/machine.h): each CUDA thread is a fiber, a cluster of blocks
+// The scheduler of host execution (../primitives/machine.h): each CUDA thread is a fiber, a cluster of blocks
 // runs at a time, and always the ready thread of highest priority goes on. Priorities are drawn per warp and
 // change now and then, so that some warps starve while others run far ahead: the order in which a missing
 // barrier shows. Threads that never wait share one fiber and cost little more than a function call.
-#include "primitives/machine.h"
+#include "../primitives/machine.h"
 
 #include <sys/mman.h>
 
@@ -13,7 +13,7 @@
 #include <exception>
 #include <utility>
 
-#include "primitives/extension.h"
+#include "extension.h"
 #include "race.h"
 
 #ifndef __x86_64__
@@ -62,7 +62,6 @@ namespace {
 constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kCanaryBytes = 1024;
-constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point type
 constexpr uint32_t kDemotionInterval = 64;
 
 std::atomic<uint64_t> schedule_seed{1};
@@ -154,7 +153,8 @@ struct Machine {
   uint32_t warps_per_block = 0;
   uint32_t finished = 0;
   Meeting cluster_meeting;
-  std::vector<std::unique_ptr<ThreadExtension>> extensions;
+  std::vector<std::unique_ptr<ThreadExtension>> thread_extensions;
+  std::vector<std::unique_ptr<BlockExtension>> block_extensions;
   std::vector<std::unique_ptr<AsyncWork>> async;
   unsigned char* shared_mapping = nullptr;
   size_t shared_mapping_bytes = 0;
@@ -181,9 +181,7 @@ struct Machine {
     random_state += 0x9e3779b97f4a7c15u;
     return mix(random_state);
   }
-  uint32_t random_below(uint32_t limit) {
-    return static_cast<uint32_t>((random() >> 32) * limit >> 32);
-  }
+  uint32_t random_below(uint32_t limit) { return static_cast<uint32_t>((random() >> 32) * limit >> 32); }
 
   void allocate(const Launch& next);
   void start_cluster(uint64_t first_block);
@@ -194,13 +192,15 @@ struct Machine {
   void resume(Thread& thread, void** save);
   void switch_to_main(void** save);
   std::string deadlock() const;
+  void drop_extensions() {
+    thread_extensions.clear();
+    block_extensions.clear();
+  }
 
   uint32_t warp_of(const Thread& thread) const {
     return thread.block->rank * warps_per_block + thread.index / kWarpThreads;
   }
-  void set_ready(Thread& thread) {
-    ready[warp_of(thread)] |= 1u << (thread.index % kWarpThreads);
-  }
+  void set_ready(Thread& thread) { ready[warp_of(thread)] |= 1u << (thread.index % kWarpThreads); }
   void begin(Thread& thread);
   void end(Thread& thread);
 };
@@ -270,6 +270,7 @@ void Machine::start_cluster(uint64_t first_block) {
     block.index = {static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
                    static_cast<unsigned>(linear / grid.x / grid.y)};
     block.finished = 0;
+    block.extension = nullptr;
     if (block.shared_bytes != 0) fill_bytes(block.shared, kPoison, block.shared_bytes + kCanaryBytes);
     for (uint32_t warp = 0; warp < warps_per_block; ++warp) {
       const uint32_t lanes = std::min(kWarpThreads, block.threads - warp * kWarpThreads);
@@ -333,6 +334,7 @@ void Machine::begin(Thread& thread) {
 }
 
 void Machine::end(Thread& thread) {
+  if (thread.extension != nullptr) check_end_of_thread(thread);
   thread.state = Thread::State::kFinished;
   thread.fiber = nullptr;
   ++finished;
@@ -422,6 +424,7 @@ std::string Machine::deadlock() const {
 
 void Machine::finish_cluster() {
   for (Block& block : blocks) {
+    if (block.extension != nullptr) check_end_of_block(block);
     if (block.shared_bytes == 0) continue;
     const unsigned char* canary = block.shared + block.shared_bytes;
     if (!std::all_of(canary, canary + kCanaryBytes, [](unsigned char byte) { return byte == kPoison; })) {
@@ -440,13 +443,22 @@ void Machine::run_cluster(uint64_t first_block) {
   const bool complete = error == nullptr && finished == threads.size();
   std::string report;
   if (complete) {
-    while (!async.empty()) run_async();  // stores that nobody needs to wait for
+    std::string unfinished;
+    for (const auto& work : async) {
+      if (const char* what = work->unfinished()) unfinished = what;
+    }
+    if (!unfinished.empty()) {
+      async.clear();
+      drop_extensions();
+      throw std::runtime_error(std::string(launch->operation) + ": a block ended with " + unfinished + " under way");
+    }
+    while (!async.empty()) run_async();
   } else if (error == nullptr) {
     report = deadlock();
   }
   if (complete) {
     finish_cluster();
-    extensions.clear();
+    drop_extensions();
     return;
   }
 #ifdef SPLITKERN_RACE_CHECK
@@ -457,7 +469,7 @@ void Machine::run_cluster(uint64_t first_block) {
 #endif
   fibers.abandon_all();
   async.clear();
-  extensions.clear();
+  drop_extensions();
   if (error != nullptr) std::rethrow_exception(std::exchange(error, nullptr));
   throw std::runtime_error(report);
 }
@@ -492,7 +504,8 @@ void execute(const Launch& launch) {
       current = nullptr;
     }
   } const scope(launch);
-  const uint64_t clusters = static_cast<uint64_t>(launch.grid.x) / launch.cluster_blocks * launch.grid.y * launch.grid.z;
+  const uint64_t clusters =
+      static_cast<uint64_t>(launch.grid.x) / launch.cluster_blocks * launch.grid.y * launch.grid.z;
   const bool last_first = (here.random() & 1) != 0;
   for (uint64_t i = 0; i < clusters; ++i) {
     here.run_cluster((last_first ? clusters - 1 - i : i) * launch.cluster_blocks);
@@ -501,7 +514,8 @@ void execute(const Launch& launch) {
 }
 
 void fail(const std::string& text) {
-  const Thread& thread = current_thread();
+  if (current == nullptr) throw std::runtime_error(std::string(current_launch->operation) + ": " + text);
+  const Thread& thread = *current;
   throw std::runtime_error(std::string(current_launch->operation) + ": block " + to_text(thread.block->index) +
                            " thread " + std::to_string(thread.index) + ": " + text);
 }
@@ -607,10 +621,34 @@ void add_async(std::unique_ptr<AsyncWork> work) {
 ThreadExtension& extension() {
   Thread& self = current_thread();
   if (self.extension == nullptr) {
-    machine.extensions.push_back(std::make_unique<ThreadExtension>());
-    self.extension = machine.extensions.back().get();
+    machine.thread_extensions.push_back(std::make_unique<ThreadExtension>());
+    self.extension = machine.thread_extensions.back().get();
   }
   return *self.extension;
+}
+
+BlockExtension& block_extension(Block& block) {
+  if (block.extension == nullptr) {
+    machine.block_extensions.push_back(std::make_unique<BlockExtension>(block));
+    block.extension = machine.block_extensions.back().get();
+  }
+  return *block.extension;
+}
+
+BlockExtension::BlockExtension(const Block& block)
+    : shadow(block.shared_bytes, kPoison),
+      writers((block.shared_bytes + 15) / 16),
+      warpgroups(block.threads / kWarpgroupThreads) {}
+
+Block& block_of_cluster(uint32_t rank, const char* what) {
+  if (rank >= machine.blocks.size()) {
+    fail(std::string(what) + ": the cluster has no block " + std::to_string(rank));
+  }
+  Block& block = machine.blocks[rank];
+  if (block.finished == block.threads) {
+    fail(std::string(what) + ": block " + std::to_string(rank) + " of the cluster has ended");
+  }
+  return block;
 }
 
 #ifdef SPLITKERN_RACE_CHECK  // memcpy would be seen by ThreadSanitizer; the build keeps these loops loops

@@ -1,0 +1,48 @@
+// What each kernel may take: the one table of registers, shared memory and instructions. Kernels assert their shared
+// storage against it; cmake/check_budgets.awk reads it as text and checks what ptxas reports at every compilation, and
+// tests/test_static_gates.py checks that the table and the kernels name each other and that the code holds the
+// instructions. One row per line; the first row whose kernel and target match counts.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace splitkern::kernels {
+
+struct KernelBudget {
+  std::string_view kernel;        // function, with the path's namespace before it where there is one
+  std::string_view target;        // "sm_90a", ... or "all"
+  int32_t registers;              // per thread, over all instantiations
+  int64_t shared_bytes;           // per block, static and dynamic
+  std::string_view instructions;  // that its machine code must hold, with a space between
+};
+
+// clang-format off
+inline constexpr KernelBudget kBudgets[] = {
+    {"avg_pool_backward_kernel", "all", 80, 0, ""},
+    {"avg_pool_kernel", "all", 64, 0, ""},
+    {"batch_norm_apply_kernel", "all", 40, 0, ""},
+    {"batch_norm_backward_apply_kernel", "all", 56, 0, ""},
+    {"batch_norm_backward_reduce_kernel", "all", 72, 0, ""},
+    {"batch_norm_backward_reduce_merge_kernel", "all", 40, 0, ""},
+    {"batch_norm_stats_kernel", "all", 64, 0, ""},
+    {"batch_norm_stats_merge_kernel", "all", 64, 0, ""},
+    {"conv_forward_kernel", "all", 72, 0, ""},
+    {"conv_input_grad_kernel", "all", 64, 0, ""},
+    {"conv_weight_grad_kernel", "all", 56, 0, ""},
+    {"conv_weight_grad_reduce_kernel", "all", 48, 0, ""},
+    {"max_pool_backward_kernel", "all", 72, 0, ""},
+    {"max_pool_gather_kernel", "all", 48, 0, ""},
+    {"max_pool_kernel", "all", 56, 0, ""},
+};
+// clang-format on
+
+// For static_assert(sizeof(Storage) <= shared_budget("path::kernel")); a kernel without a row does not compile.
+consteval int64_t shared_budget(std::string_view kernel) {
+  for (const KernelBudget& budget : kBudgets) {
+    if (budget.kernel == kernel) return budget.shared_bytes;
+  }
+  throw "the kernel has no row in kBudgets";
+}
+
+}  // namespace splitkern::kernels

@@ -1,0 +1,467 @@
+// The kernel behind forward and input gradient on Hopper, and the choice of its tile. Persistent blocks of three
+// warpgroups: one thread of the first feeds a ring of shared-memory stages by TMA, the other two multiply. Tiles are
+// (pixels of one sub-problem) x (channels); the pixels of a tile may span images. Instantiated by conv_gemm_*.cu.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "block.h"
+#include "conv.h"
+#include "geometry.h"
+#include "params.h"
+#include "refusals.h"
+#include "unrolled.h"
+
+namespace splitkern::kernels::sm90 {
+
+// With kSwapped the channels are the rows of the products and the pixels their columns, so that products stay wide
+// (256 columns, the cheapest in shared-memory reads) also where there are only 64 or 128 channels.
+struct GemmTile {
+  int pixels;
+  int channels;
+  bool swapped;
+  int stages;
+  int store_rounds;  // parts of the tile that pass through the staging buffer one after another
+  // Blocks of a cluster: neighbouring tiles of pixels whose weights are loaded once, each block fetching a share for
+  // all, because L2 cannot feed every multiprocessor's tensor cores alone.
+  int cluster;
+};
+
+inline constexpr GemmTile kGemmTiles[] = {
+    {128, 256, false, 4, 2, 1}, {256, 128, true, 4, 2, 1}, {192, 128, true, 4, 1, 1},  {128, 128, true, 6, 1, 1},
+    {384, 64, true, 3, 1, 1},   {256, 64, true, 4, 1, 1},  {128, 256, false, 4, 2, 2}, {256, 128, true, 4, 2, 2},
+    {192, 128, true, 4, 1, 2},  {128, 128, true, 6, 1, 2},
+};
+inline constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
+
+template <class T_, bool kInputGrad_, int kTileIndex>
+struct GemmTraits {
+  using T = T_;
+  static constexpr GemmTile kTile = kGemmTiles[kTileIndex];
+  static constexpr bool kInputGrad = kInputGrad_;
+  static constexpr bool kSwapped = kTile.swapped;
+  static constexpr int kPixels = kTile.pixels;
+  static constexpr int kChannels = kTile.channels;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kRounds = kTile.store_rounds;
+  static constexpr int kCluster = kTile.cluster;
+  // Each warpgroup takes half the pixels, or half the channels.
+  static constexpr bool kSplitPixels = !kSwapped || kChannels == 64;
+  static constexpr int kWarpgroupPixels = kSplitPixels ? kPixels / kMathWarpgroups : kPixels;
+  static constexpr int kWarpgroupChannels = kSplitPixels ? kChannels : kChannels / kMathWarpgroups;
+  static constexpr int kColumns = kSwapped ? kWarpgroupPixels : kWarpgroupChannels;
+  static_assert((kSwapped ? kWarpgroupChannels : kWarpgroupPixels) == 64, "a product has 64 rows");
+  static_assert(kColumns % (kRounds * (kSwapped ? 16 : 64)) == 0);
+
+  static constexpr int kLoadPixels = kPixels <= 256 ? kPixels : kPixels / 2;  // of one TMA box
+  static constexpr int kStorePixels = kSwapped ? kColumns / kRounds : 64;
+  static constexpr int kStoreBlocks = kSwapped ? 1 : kColumns / 64 / kRounds;  // of 64 channels
+  static constexpr int kOperandBytes = kPixels * 128;
+  static constexpr int kWeightBytes = kChannels * 128;
+  static constexpr int kStageBytes = kOperandBytes + kWeightBytes;
+  static constexpr int kWeightShare = kChannels / kCluster;  // channels that a block loads for its cluster
+  static_assert(kCluster == 1 || kWeightShare % 64 == 0);
+  static constexpr int kStagingBytes = kStorePixels * 128 * kStoreBlocks;
+};
+
+template <class Traits>
+struct GemmShared {
+  struct alignas(1024) Stage {
+    unsigned char operand[Traits::kOperandBytes];
+    unsigned char weights[Traits::kWeightBytes];
+  };
+  Stage stages[Traits::kStages];
+  alignas(1024) unsigned char staging[kMathWarpgroups][Traits::kStagingBytes];
+  float bias[kMathWarpgroups][Traits::kWarpgroupChannels];
+  Barrier full[Traits::kStages];
+  Barrier empty[Traits::kStages];
+};
+
+template <class Traits>
+SPLITKERN_DEVICE int32_t block_of_cluster() {
+  if constexpr (Traits::kCluster == 1) {
+    return 0;
+  } else {
+    return static_cast<int32_t>(cluster_rank());
+  }
+}
+
+// Tiles are numbered per cluster. Tile numbers of a block only grow, so the sub-problem is found by going forward.
+struct TilePosition {
+  int32_t sub_problem = 0;
+  int32_t pixel = 0;
+  int32_t channel = 0;
+};
+template <class Traits, class Params>
+SPLITKERN_DEVICE void locate(const Params& params, int32_t tile, TilePosition& position) {
+  while (position.sub_problem + 1 < params.sub_problems &&
+         params.sub_problem[position.sub_problem + 1].first_tile <= tile) {
+    ++position.sub_problem;
+  }
+  const int32_t local = tile - params.sub_problem[position.sub_problem].first_tile;
+  const int32_t pixel_tile = local / params.channel_tiles;
+  position.pixel = (pixel_tile * Traits::kCluster + block_of_cluster<Traits>()) * Traits::kPixels;
+  position.channel = (local - pixel_tile * params.channel_tiles) * Traits::kChannels;
+}
+
+// The block's share of a stage's weights, for every block of the cluster.
+template <class Traits, class Params>
+SPLITKERN_DEVICE void load_weights(const Params& params, unsigned char* destination, Barrier& full, int32_t channel,
+                                   int32_t tap, int32_t reduction) {
+  const int32_t first = block_of_cluster<Traits>() * Traits::kWeightShare;
+  const auto load = [&](int32_t from, int32_t x, int32_t z) {
+    if constexpr (Traits::kCluster == 1) {
+      tma_load_3d(destination + from * 128, params.weights, full, x, tap, z);
+    } else {
+      tma_load_3d_multicast(destination + from * 128, params.weights, full, x, tap, z, (1 << Traits::kCluster) - 1);
+    }
+  };
+  if constexpr (Traits::kInputGrad) {
+    unrolled<Traits::kWeightShare / 64>([&](auto box) {
+      const int32_t from = first + box * 64;
+      load(from, channel + from, reduction);
+    });
+  } else {
+    load(first, reduction, channel + first);
+  }
+}
+
+// The producer's thread: fills stages in the order in which the math warpgroups empty them.
+template <class Traits, class Params>
+SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& shared) {
+  prefetch_map(params.weights);
+  Ring<Traits::kStages> ring;
+  TilePosition position;
+  const int32_t stride = static_cast<int32_t>(grid_extent().x) / Traits::kCluster;
+  for (int32_t tile = static_cast<int32_t>(block_index().x) / Traits::kCluster; tile < params.tiles; tile += stride) {
+    locate<Traits>(params, tile, position);
+    const SubProblem& problem = params.sub_problem[position.sub_problem];
+    const TensorMap& operand = params.operand[position.sub_problem];
+    constexpr int kBoxes = Traits::kPixels / Traits::kLoadPixels;
+    int32_t column[kBoxes];
+    int32_t row[kBoxes];
+    int32_t image[kBoxes];
+    unrolled<kBoxes>([&](auto box) {
+      int32_t pixel = position.pixel + box * Traits::kLoadPixels;
+      // A box wholly behind the last pixel is never stored: load any.
+      if (pixel >= problem.pixels) pixel = 0;
+      const int32_t line = pixel / problem.columns;
+      image[box] = line / problem.rows;
+      row[box] = problem.lower_row + (line - image[box] * problem.rows) * problem.row_step;
+      column[box] = problem.lower_column + (pixel - line * problem.columns) * problem.column_step;
+    });
+    for (int32_t row_tap = 0; row_tap < problem.row_taps.taps; ++row_tap) {
+      const int32_t tap_row = problem.row_taps.first_tap + row_tap * problem.row_taps.tap_step;
+      const uint16_t row_offset = static_cast<uint16_t>(row_tap * problem.row_taps.offset_step);
+      for (int32_t column_tap = 0; column_tap < problem.column_taps.taps; ++column_tap) {
+        const int32_t tap =
+            tap_row * params.kernel_columns + problem.column_taps.first_tap + column_tap * problem.column_taps.tap_step;
+        const uint16_t column_offset = static_cast<uint16_t>(column_tap * problem.column_taps.offset_step);
+        for (int32_t block = 0; block < params.reduction_blocks; ++block) {
+          const int32_t reduction = block * kReductionBlock;
+          Barrier& full = shared.full[ring.index];
+          auto& stage = shared.stages[ring.index];
+          barrier_wait(shared.empty[ring.index], ring.parity ^ 1);
+          barrier_arrive_expect(full, Traits::kStageBytes);
+          unrolled<kBoxes>([&](auto box) {
+            tma_load_im2col(stage.operand + box * Traits::kLoadPixels * 128, operand, full, reduction, column[box],
+                            row[box], image[box], column_offset, row_offset);
+          });
+          load_weights<Traits>(params, stage.weights, full, position.channel, tap, reduction);
+          ring.next();
+        }
+      }
+    }
+  }
+}
+
+// One warpgroup's part of a tile from its accumulators to the output tensor, through its staging buffer.
+template <class Traits, class Params>
+SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& shared, const TilePosition& position,
+                                 uint32_t warpgroup, uint32_t thread, const float (&sums)[Traits::kColumns / 2]) {
+  using T = typename Traits::T;
+  const SubProblem& problem = params.sub_problem[position.sub_problem];
+  const TensorMap& output = params.output[position.sub_problem];
+  unsigned char* staging = shared.staging[warpgroup];
+  const float* bias = shared.bias[warpgroup];
+  const uint32_t warp = thread / kWarpThreads;
+  const uint32_t lane = thread % kWarpThreads;
+  const int32_t first_pixel =
+      position.pixel + (Traits::kSplitPixels ? static_cast<int32_t>(warpgroup) * Traits::kWarpgroupPixels : 0);
+  const int32_t first_channel =
+      position.channel + (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
+  const auto finish = [&](float sum, float offset) {
+    const float value = sum + offset;
+    return params.relu && value <= 0.0f ? 0.0f : value;  // a NaN stays a NaN
+  };
+  constexpr int kRoundColumns = Traits::kColumns / Traits::kRounds;
+
+  unrolled<Traits::kRounds>([&](auto round) {
+    if (thread == 0) tma_store_wait_read<0>();
+    named_barrier(1 + warpgroup, kWarpgroupThreads);  // the staging buffer is free; the bias is there
+    unrolled<kRoundColumns / 16>([&](auto group) {
+      constexpr int kColumn = round * kRoundColumns + group * 16;  // two 8x8 matrices wide, two high
+      uint32_t registers[4];
+      unrolled<4>([&](auto matrix) {
+        constexpr int kHigh = matrix % 2;
+        constexpr int kWide = matrix / 2;
+        constexpr int kSum = (kColumn + 8 * kWide) / 2 + 2 * kHigh;
+        float low_bias;
+        float high_bias;
+        if constexpr (Traits::kSwapped) {
+          low_bias = high_bias = bias[16 * warp + 8 * kHigh + lane / 4];
+        } else {
+          low_bias = bias[kColumn + 8 * kWide + 2 * (lane % 4)];
+          high_bias = bias[kColumn + 8 * kWide + 2 * (lane % 4) + 1];
+        }
+        registers[matrix] = pack2<T>(finish(sums[kSum], low_bias), finish(sums[kSum + 1], high_bias));
+      });
+      const uint32_t high = lane / 8 % 2;
+      const uint32_t wide = lane / 16;
+      const uint32_t line = lane % 8;
+      if constexpr (Traits::kSwapped) {
+        const uint32_t pixel = group * 16 + 8 * wide + line;
+        const uint32_t chunk = 2 * warp + high;
+        store_matrix_x4_transposed(staging + pixel * 128 + ((chunk ^ line) << 4), registers);
+      } else {
+        const uint32_t pixel = 16 * warp + 8 * high + line;
+        constexpr int kBlock = group / 4;
+        const uint32_t chunk = group % 4 * 2 + wide;
+        store_matrix_x4(staging + kBlock * Traits::kStorePixels * 128 + pixel * 128 + ((chunk ^ line) << 4), registers);
+      }
+    });
+    fence_async_shared();
+    named_barrier(1 + warpgroup, kWarpgroupThreads);
+    if (thread == 0) {
+      const int32_t pixel = first_pixel + (Traits::kSwapped ? round * Traits::kStorePixels : 0);
+      if (pixel < problem.pixels) {
+        const int32_t line = pixel / problem.columns;
+        const int32_t image = line / problem.rows;
+        const int32_t row = line - image * problem.rows;
+        const int32_t column = pixel - line * problem.columns;
+        unrolled<Traits::kStoreBlocks>([&](auto block) {
+          const int32_t channel = first_channel + (Traits::kSwapped ? 0 : round * Traits::kStoreBlocks + block) * 64;
+          if (channel < params.channels) {
+            tma_store_im2col(output, staging + block * Traits::kStorePixels * 128, channel, column, row, image);
+          }
+        });
+      }
+      tma_store_commit();
+    }
+  });
+}
+
+template <class Traits, class Params>
+SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& shared, uint32_t warpgroup) {
+  using T = typename Traits::T;
+  constexpr int kColumns = Traits::kColumns;
+  constexpr bool kTransposedA = Traits::kSwapped && Traits::kInputGrad;
+  constexpr bool kTransposedB = !Traits::kSwapped && Traits::kInputGrad;
+  // How far 16 reduction elements are apart.
+  constexpr uint32_t kStepA = kTransposedA ? 2048 : 32;
+  constexpr uint32_t kStepB = kTransposedB ? 2048 : 32;
+  const uint32_t thread = thread_index() % kWarpgroupThreads;
+  // A stage may be filled again when no warp of the cluster reads it: weights arrive from every block.
+  const uint32_t lane = thread % kWarpThreads;
+  const auto release = [&](uint32_t stage) {
+    if constexpr (Traits::kCluster == 1) {
+      if (lane == 0) barrier_arrive(shared.empty[stage]);
+    } else {
+      if (lane < Traits::kCluster) barrier_arrive_cluster(shared.empty[stage], lane);
+    }
+  };
+  const uint32_t operand_offset = Traits::kSplitPixels ? warpgroup * Traits::kWarpgroupPixels * 128 : 0;
+  const uint32_t weight_offset = Traits::kSplitPixels ? 0 : warpgroup * Traits::kWarpgroupChannels * 128;
+
+  Ring<Traits::kStages> ring;
+  TilePosition position;
+  const int32_t stride = static_cast<int32_t>(grid_extent().x) / Traits::kCluster;
+  for (int32_t tile = static_cast<int32_t>(block_index().x) / Traits::kCluster; tile < params.tiles; tile += stride) {
+    locate<Traits>(params, tile, position);
+    const SubProblem& problem = params.sub_problem[position.sub_problem];
+    const int32_t iterations = problem.row_taps.taps * problem.column_taps.taps * params.reduction_blocks;
+
+    // Read after the first barrier of store_tile. The last tile's reads are over: store_tile ends with a barrier.
+    for (uint32_t i = thread; i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
+      const int32_t channel = position.channel + static_cast<int32_t>(i) +
+                              (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
+      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
+                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
+                                      : 0.0f;
+    }
+
+    float sums[kColumns / 2];
+    if (iterations == 0) {
+      unrolled<kColumns / 2>([&](auto i) { sums[i] = 0.0f; });
+    }
+    uint32_t previous = 0;
+    for (int32_t iteration = 0; iteration < iterations; ++iteration) {
+      auto& stage = shared.stages[ring.index];
+      const uint64_t operand = matrix_descriptor(stage.operand + operand_offset, Swizzle::k128Bytes, 16, 1024);
+      const uint64_t weights =
+          matrix_descriptor(stage.weights + weight_offset, Swizzle::k128Bytes, Traits::kInputGrad ? 8192 : 16, 1024);
+      const uint64_t a = Traits::kSwapped ? weights : operand;
+      const uint64_t b = Traits::kSwapped ? operand : weights;
+      barrier_wait(shared.full[ring.index], ring.parity);
+      wgmma_fence();
+      unrolled<kReductionBlock / 16>([&](auto step) {
+        wgmma<T, kColumns, kTransposedA, kTransposedB>(sums, advance(a, step * kStepA), advance(b, step * kStepB),
+                                                       step > 0 || iteration > 0);
+      });
+      wgmma_commit();
+      if (iteration > 0) {
+        wgmma_wait<1>();  // the products of the stage before are done
+        release(previous);
+      }
+      previous = ring.index;
+      ring.next();
+    }
+    wgmma_wait<0>();
+    if (iterations > 0) release(previous);
+    store_tile<Traits>(params, shared, position, warpgroup, thread, sums);
+  }
+  if (thread == 0) tma_store_wait<0>();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    conv_gemm_kernel(const __grid_constant__ GemmParams<Traits::kInputGrad> params) {
+  using Shared = GemmShared<Traits>;
+  static_assert(sizeof(Shared) <= kSharedBytes);
+  Shared& shared = dynamic_shared<Shared>();
+  init_ring<Shared, Traits::kStages, Traits::kCluster>(shared);
+  const uint32_t warp = warp_index();
+  if (warp < kWarpgroupThreads / kWarpThreads) {
+    release_registers<40>();
+    if (warp == 0 && lane_index() == 0) load_tiles<Traits>(params, shared);
+  } else {
+    claim_registers<232>();
+    multiply_tiles<Traits>(params, shared, warp / (kWarpgroupThreads / kWarpThreads) - 1);
+  }
+  if constexpr (Traits::kCluster > 1) {
+    // The others may still write into this block's shared memory, or arrive at its barriers.
+    warp_barrier();
+    cluster_barrier();
+  }
+}
+
+// --- On the host ------------------------------------------------------------------------------------------
+
+// A GEMM call before its sub-problems are cut into launches.
+struct GemmCall {
+  ElementType type;
+  int32_t images;
+  int32_t channels;            // of the outputs
+  int32_t reduction_channels;  // of the operand
+  int32_t out_channels;        // of the convolution: the weights' outermost extent
+  int32_t in_channels;
+  int32_t taps;
+  int32_t kernel_columns;
+  bool relu;
+  int64_t bias_stride;
+  const void* bias;
+  const void* operand;
+  Strides4 operand_strides;
+  void* output;
+  Strides4 output_strides;
+  const void* weights;  // [out channel][tap][in channel]
+  WeightLayout layout;
+};
+
+struct GemmProblem {
+  AxisWalk rows;
+  AxisWalk columns;
+  int64_t pixels(int64_t images) const { return rows.outputs * columns.outputs * images; }
+  int64_t taps() const { return rows.taps * columns.taps; }
+};
+
+template <class Traits>
+void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors,
+                 cudaStream_t stream) {
+  using Params = GemmParams<Traits::kInputGrad>;
+  Params params;
+  params.channels = call.channels;
+  params.channel_tiles = static_cast<int32_t>(ceil_divide(call.channels, Traits::kChannels));
+  params.reduction_blocks = static_cast<int32_t>(ceil_divide(call.reduction_channels, kReductionBlock));
+  params.kernel_columns = call.kernel_columns;
+  params.relu = call.relu;
+  params.bias_stride = call.bias_stride;
+  params.bias = call.bias;
+
+  TiledMap weights{};
+  weights.type = call.type;
+  weights.base = call.weights;
+  weights.rank = 3;
+  weights.extents[0] = call.in_channels;
+  weights.extents[1] = call.taps;
+  weights.extents[2] = call.out_channels;
+  weights.strides_bytes[0] = call.layout.tap_stride * kElementBytes;
+  weights.strides_bytes[1] = call.layout.out_channel_stride * kElementBytes;
+  weights.box[0] = 64;
+  weights.box[1] = 1;
+  weights.box[2] = Traits::kInputGrad ? kReductionBlock : Traits::kWeightShare;
+  weights.swizzle = Swizzle::k128Bytes;
+  params.weights = encode(weights, Params::kOperator);
+
+  for (size_t first = 0; first < problems.size(); first += kMaxSubProblems) {
+    params.sub_problems = static_cast<int32_t>(std::min<size_t>(problems.size() - first, kMaxSubProblems));
+    params.tiles = 0;
+    for (int32_t i = 0; i < params.sub_problems; ++i) {
+      const AxisWalk& rows = problems[first + i].rows;
+      const AxisWalk& columns = problems[first + i].columns;
+      const int32_t pixels = static_cast<int32_t>(problems[first + i].pixels(call.images));
+      params.sub_problem[i] = {params.tiles,
+                               pixels,
+                               static_cast<int32_t>(columns.outputs),
+                               static_cast<int32_t>(rows.outputs),
+                               static_cast<int32_t>(columns.lower),
+                               static_cast<int32_t>(rows.lower),
+                               static_cast<int32_t>(columns.step),
+                               static_cast<int32_t>(rows.step),
+                               {static_cast<int32_t>(rows.taps), static_cast<int32_t>(rows.first_tap),
+                                static_cast<int32_t>(rows.tap_step), static_cast<int32_t>(rows.offset_step)},
+                               {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
+                                static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
+      params.tiles +=
+          static_cast<int32_t>(ceil_divide(pixels, Traits::kPixels * Traits::kCluster)) * params.channel_tiles;
+      params.operand[i] = encode(operand_map(call.type, call.operand, call.operand_strides, call.reduction_channels,
+                                             call.images, rows, columns, Traits::kLoadPixels),
+                                 Params::kOperator);
+      params.output[i] = encode(output_map(call.type, call.output, call.output_strides, call.channels, call.images,
+                                           rows, columns, Traits::kStorePixels),
+                                Params::kOperator);
+    }
+    const unsigned blocks =
+        static_cast<unsigned>(std::min(params.tiles, multiprocessors / Traits::kCluster)) * Traits::kCluster;
+    const Dim3 grid{blocks, 1, 1};
+    const Dim3 block{kBlockThreads, 1, 1};
+    if constexpr (Traits::kCluster == 1) {
+      kernels::launch(&conv_gemm_kernel<Traits>, grid, block, sizeof(GemmShared<Traits>), stream, params);
+    } else {
+      launch_clusters(&conv_gemm_kernel<Traits>, grid, Traits::kCluster, block, sizeof(GemmShared<Traits>), stream,
+                      params);
+    }
+  }
+}
+
+// Instantiated in conv_gemm_*.cu, one file per type and operator.
+template <class T, bool kInputGrad>
+void launch_gemm_tile(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
+                      int32_t multiprocessors, cudaStream_t stream);
+
+// The weights as the maps want them: as they are, or queued to be packed into the workspace.
+const void* weights_for_maps(const void* weight, const Strides4& strides, const WeightLayout& layout,
+                             int32_t out_channels, int32_t in_channels, int32_t taps, int32_t kernel_columns,
+                             void* workspace, cudaStream_t stream);
+
+// Sorts the problems, chooses the tile and launches.
+void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmProblem>& problems,
+                      int32_t multiprocessors, cudaStream_t stream);
+
+// The tile with the least predicted time: whole waves of tiles, each as long as the slowest of products,
+// shared-memory and L2 traffic, plus what a tile costs outside its main loop.
+int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
+
+}  // namespace splitkern::kernels::sm90
