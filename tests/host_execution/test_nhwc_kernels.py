@@ -137,3 +137,11 @@ def test_avg_pool2d(
     case = without_dilation(with_channels(case, channels))
     comparisons.avg_pool2d(operators, case, dtype, layout)
     comparisons.avg_pool2d_equal(operators, plain, case, dtype, layout)
+
+
+@each_case
+@each_layout
+def test_batch_norm(operators: Operators, case: Case, channels: int, dtype: torch.dtype, layout: str) -> None:
+    relu = channels != 20
+    affine = {8: dtype, 20: None, 6: torch.float32, 24: torch.float32, 3: dtype}[channels]
+    comparisons.batch_norm(operators, with_channels(case, channels), dtype, layout, relu=relu, affine=affine)

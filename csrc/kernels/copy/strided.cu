@@ -35,7 +35,7 @@ __global__ void copy_kernel(const __grid_constant__ Params params) {
   char* const host = static_cast<char*>(params.host);
   const int64_t threads = global_thread_count();
   for (int64_t first = global_thread_index(); first < walk.count; first += kAccesses * threads) {
-    Unit moved[kAccesses];
+    Unit moved[kAccesses] = {};
     char* targets[kAccesses];
     unrolled<kAccesses>([&](auto step) {
       constexpr int kStep = decltype(step)::value;

@@ -256,7 +256,9 @@ std::string refuse_span(const char* what, const Strides4& strides, ElementType t
 int64_t greatest_position(const WindowAxis& window, const AxisPatches& patches) {
   const int64_t first = patches.out_bounds[0] * window.stride - window.padding;
   const int64_t last = patches.out_bounds[patches.patches] * window.stride - window.padding;
-  return std::max(std::abs(first), std::abs(last));
+  const int64_t before = first < 0 ? -first : first;
+  const int64_t behind = last < 0 ? -last : last;
+  return before > behind ? before : behind;
 }
 // The greatest distance from output 0 that an input counts back to, whether or not such an output exists.
 int64_t greatest_output(const WindowAxis& window, const AxisPatches& patches) {
@@ -276,13 +278,16 @@ int64_t last(const int32_t (&bounds)[kMaxPatchesPerAxis + 1], const AxisPatches&
 std::string refusal(const ConvForwardParams& params, const DeviceTraits& device) {
   const AxisPatches& rows = params.grid.rows;
   const AxisPatches& columns = params.grid.columns;
-  return first_reason(refuse_device_and_type(params.type, params.allow_tf32, device, kGatherSharedBytes),
-                      refuse_channels("input channels", params.in_channels_per_group, params.type),
-                      refuse_layout("the input", params.input_strides, params.input, params.type, params.batch - 1,
-                                    last(rows.in_bounds, rows), last(columns.in_bounds, columns)),
-                      refuse_window(params),
-                      refuse_sizes(params.batch, extent(rows.out_bounds, rows), extent(columns.out_bounds, columns),
-                                   weights_of(params)));
+  return first_reason(
+      refuse_device_and_type(params.type, params.allow_tf32, device, kGatherSharedBytes),
+      refuse_channels("input channels", params.in_channels_per_group, params.type),
+      refuse_layout("the input", params.input_strides, params.input, params.type, params.batch - 1,
+                    last(rows.in_bounds, rows), last(columns.in_bounds, columns)),
+      refuse_window(params),
+      refuse_span("the input", params.input_strides, params.type, params.batch,
+                  greatest_position(params.row_window, rows), greatest_position(params.column_window, columns)),
+      refuse_sizes(params.batch, extent(rows.out_bounds, rows), extent(columns.out_bounds, columns),
+                   weights_of(params)));
 }
 
 std::string refusal(const ConvInputGradParams& params, const DeviceTraits& device) {

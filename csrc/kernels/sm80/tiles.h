@@ -3,8 +3,6 @@
 // Everything is counted in bytes of 16-byte vectors where it can be, so that 16-bit types and tf32 share the code.
 #pragma once
 
-#include <type_traits>
-
 #include "../primitives.h"
 
 namespace splitkern::kernels::sm80 {
@@ -30,7 +28,7 @@ struct Tile {
   static constexpr int32_t kColumnBlocks = kWarpColumns / 8;  // even, for they are loaded in pairs
   static constexpr int32_t kVectorElements = kVectorBytes / static_cast<int32_t>(sizeof(T));
   static constexpr int32_t kStageElements = kStageBytes / static_cast<int32_t>(sizeof(T));
-  static constexpr bool kTf32 = std::is_same_v<T, float>;
+  static constexpr bool kTf32 = sizeof(T) == 4;
 
   static_assert(kTf32 || sizeof(T) == 2);
   static_assert(kRows % 32 == 0 && kColumns % 32 == 0);

@@ -53,14 +53,15 @@ int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& p
     const double columns = tile.swapped ? (tile.channels == 64 ? tile.pixels / 2 : tile.pixels) : tile.channels;
     const double loaded = (tile.pixels + tile.channels) * 2.0 * kReductionBlock;
     const double read = kMathWarpgroups * (64 + columns) * 2.0 * kReductionBlock;
+    const double fetched = (tile.pixels + static_cast<double>(tile.channels) / tile.cluster) * 2.0 * kReductionBlock;
     const double cycles_per_block =
         std::max({static_cast<double>(tile.pixels) * tile.channels * kReductionBlock / kMultipliesPerCycle,
-                  (loaded + read) / kSharedBytesPerCycle, loaded / kL2BytesPerCycle});
+                  (loaded + read) / kSharedBytesPerCycle, fetched / kL2BytesPerCycle});
     double tiles = 0;
     double cycles = 0;
     for (const GemmProblem& problem : problems) {
-      const double these = static_cast<double>(ceil_divide(problem.pixels(call.images), tile.pixels) *
-                                               ceil_divide(call.channels, tile.channels));
+      const double these = static_cast<double>(ceil_divide(problem.pixels(call.images), tile.pixels * tile.cluster) *
+                                               tile.cluster * ceil_divide(call.channels, tile.channels));
       tiles += these;
       cycles += these * (static_cast<double>(problem.taps()) * blocks * cycles_per_block + kCyclesPerTile);
     }

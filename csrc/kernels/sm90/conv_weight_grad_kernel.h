@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   using Shared = WeightGradShared<Traits>;
   static_assert(sizeof(Shared) <= kSharedBytes);
   Shared& shared = dynamic_shared<Shared>();
-  init_ring<Shared, Traits::kStages>(shared);
+  init_ring<Shared, Traits::kStages, 1>(shared);
   const uint32_t warp = warp_index();
   if (warp < kWarpgroupThreads / kWarpThreads) {
     release_registers<40>();
