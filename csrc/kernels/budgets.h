@@ -30,7 +30,7 @@ inline constexpr KernelBudget kBudgets[] = {
     {"depthwise::grouped_gather_kernel", "all", 255, 116224, ""},
     {"depthwise::grouped_weight_grad_kernel", "all", 255, 232448, ""},
 
-    {"first_layer::first_layer_forward_kernel", "all", 128, 232448, "HMMA"},
+    {"first_layer::first_layer_forward_kernel", "all", 255, 232448, "HMMA"},
     {"first_layer::first_layer_input_grad_kernel", "all", 255, 232448, ""},
     {"first_layer::first_layer_weight_grad_kernel", "all", 255, 232448, "HMMA LDGSTS"},
     {"first_layer::first_layer_weight_grad_reduce_kernel", "all", 255, 4096, ""},

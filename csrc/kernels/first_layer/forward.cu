@@ -134,8 +134,10 @@ SPLITKERN_DEVICE void store_output(const ForwardCall& params, const float* bias,
   }
 }
 
+// Two blocks to a multiprocessor leave 128 registers to a thread, too few for fp32 pixels on sm_90a.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) first_layer_forward_kernel(const __grid_constant__ ForwardCall params) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
+    first_layer_forward_kernel(const __grid_constant__ ForwardCall params) {
   Storage& storage = dynamic_shared<Storage>();
   const Tiles& tiles = params.tiles;
   const int32_t pixels = tiles.in_rows * tiles.pitch;
