@@ -21,6 +21,7 @@ void land(const AsyncCopy& copy) {
 }  // namespace
 
 void copy_async(void* shared, const void* global, uint32_t bytes, bool valid) {
+  const race::Quiet quiet;
   check_alignment(shared, bytes, "copy_async to shared memory");
   check_alignment(global, bytes, "copy_async from global memory");
   static_cast<void>(shared_address(shared, bytes, "copy_async"));
@@ -30,12 +31,14 @@ void copy_async(void* shared, const void* global, uint32_t bytes, bool valid) {
 }
 
 void copy_async_commit() {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   mine.copy_groups.push_back(std::move(mine.open_copies));
   mine.open_copies.clear();
 }
 
 void copy_async_wait(uint32_t pending) {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   while (mine.copy_groups.size() > pending) {
     std::vector<AsyncCopy>& group = mine.copy_groups.front();
@@ -110,6 +113,7 @@ void registers_to_columns(Block& block, uint32_t warp) {
 }  // namespace
 
 void load_matrix(uint32_t (&registers)[4], const void* row, bool transposed) {
+  const race::Quiet quiet;
   check_alignment(row, 16, "load_matrix_x4");
   static_cast<void>(shared_address(row, 16, "load_matrix_x4"));
   Fragment mine;
@@ -121,6 +125,7 @@ void load_matrix(uint32_t (&registers)[4], const void* row, bool transposed) {
 }
 
 void store_matrix(void* row, const uint32_t (&registers)[4], bool transposed) {
+  const race::Quiet quiet;
   check_alignment(row, 16, "store_matrix_x4");
   const uint32_t address = shared_address(row, 16, "store_matrix_x4");
   Fragment mine;
