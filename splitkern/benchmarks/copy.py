@@ -9,6 +9,7 @@ of a convolution which runs on another stream while ours copies.
 from __future__ import annotations
 
 import ctypes
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -141,46 +142,54 @@ def _ours(setting: Setting, case: CopyCase, view: Tensor) -> _Pair:
     )
 
 
-class _Memcpy2D:
+def load_memcpy2d() -> Callable[..., int]:
     """cudaMemcpy2DAsync, from the runtime library that PyTorch has loaded."""
-
-    def __init__(self) -> None:
-        major = str(torch.version.cuda).partition(".")[0]
-        self._function = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpy2DAsync
-        size, pointer = ctypes.c_size_t, ctypes.c_void_p
-        self._function.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
-
-    def __call__(self, target: Tensor, source: Tensor, run_dims: int) -> None:
-        """Copies every image; the last `run_dims` dimensions in memory order are one run of bytes."""
-        strides = source.stride()
-        order = sorted(range(1, 4), key=lambda dim: -strides[dim])
-        row_dims, run = order[: 3 - run_dims], order[3 - run_dims :]
-        rows, width = 1, source.element_size()
-        for dim in row_dims:
-            rows *= source.shape[dim]
-        for dim in run:
-            width *= source.shape[dim]
-        pitches = [tensor.stride(row_dims[-1]) * tensor.element_size() for tensor in (target, source)]
-        kind = 1 if source.device.type == "cpu" else 2
-        stream = torch.cuda.current_stream().cuda_stream
-        for image in range(source.shape[0]):
-            target_at, source_at = (
-                tensor.data_ptr() + image * tensor.stride(0) * tensor.element_size() for tensor in (target, source)
-            )
-            status = self._function(target_at, pitches[0], source_at, pitches[1], width, rows, kind, stream)
-            if status != 0:
-                raise RuntimeError(f"cudaMemcpy2DAsync returned {status}")
+    major = str(torch.version.cuda).partition(".")[0]
+    function = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpy2DAsync
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    function.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
+    return function
 
 
-def _measure_slowdown(setting: Setting, copy: Call, copy_ms: float) -> float | None:
-    """How much longer convolutions take while copies run on another stream: 0.02 is 2 %. None without a device."""
-    if setting.device.type != "cuda":
-        return None
-    input = torch.randn(32, 256, 56, 56, device=setting.device).to(setting.dtype)
-    weight = torch.randn(256, 256, 3, 3, device=setting.device).to(setting.dtype) / 48
+def memcpy2d(function: Callable[..., int], target: Tensor, source: Tensor, stream: int) -> None:
+    """Copies a channels_last view image by image: its rows are runs of bytes, equally far apart.
+
+    Args:
+        function: cudaMemcpy2DAsync.
+        target, source: [N, C, H, W] of one type, both with channel stride 1 and column stride C.
+        stream: handle of the CUDA stream.
+
+    Raises:
+        RuntimeError: with the status, if CUDA refuses.
+    """
+    count, channels, rows, columns = source.shape
+    size = source.element_size()
+    kind = 1 if source.device.type == "cpu" else 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
+    pitches = [tensor.stride(2) * size for tensor in (target, source)]
+    for image in range(count):
+        at = [tensor.data_ptr() + image * tensor.stride(0) * size for tensor in (target, source)]
+        status = function(at[0], pitches[0], at[1], pitches[1], columns * channels * size, rows, kind, stream)
+        if status != 0:
+            raise RuntimeError(f"cudaMemcpy2DAsync returned {status}")
+
+
+def measure_slowdown(
+    device: torch.device, dtype: torch.dtype, copy: Call, copy_ms: float, *, size: int = 56, channels: int = 256
+) -> float:
+    """How much longer convolutions take while copies run on another stream: 0.02 is 2 %.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the convolution.
+        copy: queues one copy on the current stream.
+        copy_ms: its duration, so that enough of them are queued.
+        size, channels: of the convolution; smaller ones are for tests.
+    """
+    input = torch.randn(32, channels, size, size, device=device).to(dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype) / 48
     input, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (input, weight))
     output = torch.empty_like(input)
-    bounds = [[0, 28, 56]] * 4
+    bounds = [[0, size // 2, size]] * 4
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
@@ -207,7 +216,7 @@ def _measure_slowdown(setting: Setting, copy: Call, copy_ms: float) -> float | N
     for _ in range(5):
         alone.append(convolutions(count, 0))
         together.append(convolutions(count, int(1.5 * count * one_ms / copy_ms) + 1))
-    return sorted(together)[2] / sorted(alone)[2] - 1
+    return statistics.median(together) / statistics.median(alone) - 1
 
 
 def measure_copy(setting: Setting, case: CopyCase, direction: str) -> Row:
@@ -242,11 +251,11 @@ def measure_copy(setting: Setting, case: CopyCase, direction: str) -> Row:
     source, target = (view, host) if offloads else (host, ours.restored)
     if setting.wants("torch"):
         calls["torch"] = lambda: target.copy_(source, non_blocking=True)
-    if setting.wants("memcpy2d") and setting.device.type == "cuda":
-        copy_2d = _Memcpy2D()
-        # NHWC: a patch's row is one run; NCHW: an image's channels are not equally far apart as its rows.
-        if case.channels_last:
-            calls["memcpy2d"] = lambda: copy_2d(target, source, 2)
+    on_gpu = setting.device.type == "cuda"
+    # In NCHW an image's channels are not as far apart as its rows: that is no two-dimensional copy.
+    if on_gpu and case.channels_last and setting.wants("memcpy2d"):
+        function, stream = load_memcpy2d(), torch.cuda.current_stream().cuda_stream
+        calls["memcpy2d"] = lambda: memcpy2d(function, target, source, stream)
     row = timed(setting, calls, checks)
     row["bytes"] = view.numel() * view.element_size()
     mine = median_ms(row, "ours")
@@ -255,9 +264,8 @@ def measure_copy(setting: Setting, case: CopyCase, direction: str) -> Row:
         row["gbps"] = row["bytes"] / mine / 1e6
         if link:
             row["link_share"] = row["gbps"] / link
-        slowdown = _measure_slowdown(setting, calls["ours"], mine)
-        if slowdown is not None:
-            row["slowdown"] = slowdown
+        if on_gpu:
+            row["slowdown"] = measure_slowdown(setting.device, setting.dtype, calls["ours"], mine)
     others = ("engine", "kernel", "torch", "memcpy2d")
     add_ratios(row, "ours", {f"{name}_over_ours": name for name in others})
     return row

@@ -3,6 +3,7 @@
 // Called by csrc/ops/cuda/copy.cpp.
 #include <algorithm>
 
+#include "../budgets.h"
 #include "copy.h"
 #include "walk.h"
 
@@ -23,7 +24,8 @@ struct Slot {
 struct Slots {
   Slot of_warp[kWarps];
 };
-static_assert(sizeof(Slots) <= 48 * 1024, "needs no opt-in");
+static_assert(sizeof(Slots) <= shared_budget("compress_kernel"));
+static_assert(sizeof(Slots) <= shared_budget("decompress_kernel"));
 
 // Sizes for elements of type T (an unsigned integer of the element's size).
 template <class T>

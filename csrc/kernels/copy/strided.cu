@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../budgets.h"
 #include "copy.h"
 #include "walk.h"
 
@@ -35,7 +36,7 @@ __global__ void copy_kernel(const __grid_constant__ Params params) {
   char* const host = static_cast<char*>(params.host);
   const int64_t threads = global_thread_count();
   for (int64_t first = global_thread_index(); first < walk.count; first += kAccesses * threads) {
-    Unit moved[kAccesses];
+    Unit moved[kAccesses] = {};
     char* targets[kAccesses];
     unrolled<kAccesses>([&](auto step) {
       constexpr int kStep = decltype(step)::value;
@@ -58,7 +59,7 @@ __global__ void copy_kernel(const __grid_constant__ Params params) {
 struct Stages {
   alignas(16) unsigned char of_warp[kWarps][kStagedBytes];
 };
-static_assert(sizeof(Stages) <= 48 * 1024, "needs no opt-in");
+static_assert(sizeof(Stages) <= shared_budget("staged_copy_kernel"));
 
 // The host's side is one run of bytes from a multiple of 16 on, which always moves in vectors; the device's side is
 // made of smaller units, which warps collect in shared memory.

@@ -2,6 +2,7 @@
 // (direct.h). Where every group is one channel a thread computes 16 bytes of channels of four neighbouring results,
 // else four channels of one group. Called through conv_paths.h. Sums run over kernel rows, kernel columns, then the
 // group's channels, in fp32.
+#include "../budgets.h"
 #include "conv.h"
 #include "direct.h"
 
@@ -354,9 +355,11 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
   }
   const bool wide = call.type == ElementType::kFloat32;
   const int32_t elements = wide ? 4 : 8;
-  plan.depthwise = call.source_channels == 1 && call.destination_channels == 1 &&
-                   takes_vectors(call.source, call.source_strides, call.groups, elements, 16) &&
-                   takes_vectors(call.destination, call.destination_strides, call.groups, elements, 16);
+  plan.depthwise =
+      call.source_channels == 1 && call.destination_channels == 1 &&
+      takes_vectors(call.source, call.source_strides, extents_in(call.grid, call.batch, call.groups), elements, 16) &&
+      takes_vectors(call.destination, call.destination_strides, extents_out(call.grid, call.batch, call.groups),
+                    elements, 16);
   int64_t lane_bytes;
   int64_t most_lanes;
   if (plan.depthwise) {
@@ -364,7 +367,8 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
     lane_bytes = taps_of(call) * elements * static_cast<int64_t>(sizeof(float));
     most_lanes = kMaxDepthwiseLanes;
   } else {
-    plan.vector_loads = takes_vectors(call.source, call.source_strides, call.source_channels, 4, wide ? 16 : 8);
+    plan.vector_loads = takes_vectors(call.source, call.source_strides,
+                                      extents_in(call.grid, call.batch, call.source_channels), 4, wide ? 16 : 8);
     const int64_t vectors =
         static_cast<int64_t>(call.groups) * ((call.destination_channels + kGroupResults - 1) / kGroupResults);
     call.vectors = static_cast<int32_t>(vectors);
@@ -372,7 +376,9 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
     most_lanes = kMaxGroupedLanes;
   }
   // Half the shared memory, so that two blocks hide each other's waiting.
-  most_lanes = std::min(most_lanes, traits.shared_memory_bytes / 2 / lane_bytes);
+  const int64_t most_bytes = plan.depthwise ? shared_budget("depthwise::depthwise_gather_kernel")
+                                            : shared_budget("depthwise::grouped_gather_kernel");
+  most_lanes = std::min(most_lanes, std::min(traits.shared_memory_bytes / 2, most_bytes) / lane_bytes);
   if (most_lanes == 0) return "the weights of a group do not fit in shared memory";
   call.lanes = even_lanes(call.vectors, most_lanes);
   if (call.vectors > static_cast<int64_t>(call.lanes) * 65535) return "there are too many channels";

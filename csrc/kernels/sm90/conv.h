@@ -25,6 +25,7 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
 // Negative: the model chooses. Set before the calls that it is meant for; plain process-wide values.
 struct Tuning {
   int32_t gemm_tile = -1;             // index into kGemmTiles
+  int32_t window = -1;                // 1: the window kernels wherever they can, 0: never
   int32_t weight_grad_tile = -1;      // index into kWeightGradTiles
   int32_t weight_grad_segments = -1;  // shares of the reduction
 };

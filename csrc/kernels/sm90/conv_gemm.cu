@@ -3,6 +3,7 @@
 #include "conv_gemm.h"
 
 #include "pack_weights.h"
+#include "window.h"
 
 namespace splitkern::kernels::sm90 {
 
@@ -53,15 +54,14 @@ int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& p
     const double columns = tile.swapped ? (tile.channels == 64 ? tile.pixels / 2 : tile.pixels) : tile.channels;
     const double loaded = (tile.pixels + tile.channels) * 2.0 * kReductionBlock;
     const double read = kMathWarpgroups * (64 + columns) * 2.0 * kReductionBlock;
-    const double fetched = (tile.pixels + static_cast<double>(tile.channels) / tile.cluster) * 2.0 * kReductionBlock;
     const double cycles_per_block =
         std::max({static_cast<double>(tile.pixels) * tile.channels * kReductionBlock / kMultipliesPerCycle,
-                  (loaded + read) / kSharedBytesPerCycle, fetched / kL2BytesPerCycle});
+                  (loaded + read) / kSharedBytesPerCycle, loaded / kL2BytesPerCycle});
     double tiles = 0;
     double cycles = 0;
     for (const GemmProblem& problem : problems) {
-      const double these = static_cast<double>(ceil_divide(problem.pixels(call.images), tile.pixels * tile.cluster) *
-                                               tile.cluster * ceil_divide(call.channels, tile.channels));
+      const double these = static_cast<double>(ceil_divide(problem.pixels(call.images), tile.pixels) *
+                                               ceil_divide(call.channels, tile.channels));
       tiles += these;
       cycles += these * (static_cast<double>(problem.taps()) * blocks * cycles_per_block + kCyclesPerTile);
     }
@@ -93,6 +93,7 @@ const void* weights_for_maps(const void* weight, const Strides4& strides, const 
 
 void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream) {
+  if (tuning().window > 0 && (call.taps > 1)) return launch_window(input_grad, call, problems, multiprocessors, stream);
   // Long tiles first, so that the last wave is one of short ones.
   std::stable_sort(problems.begin(), problems.end(),
                    [](const GemmProblem& a, const GemmProblem& b) { return a.taps() > b.taps(); });

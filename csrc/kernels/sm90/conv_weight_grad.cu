@@ -5,9 +5,11 @@
 #include <cmath>
 #include <utility>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 #include "conv_weight_grad_kernel.h"
 #include "refusals.h"
+#include "window_weight_grad.h"
 
 namespace splitkern::kernels::sm90 {
 namespace {
@@ -18,6 +20,7 @@ constexpr int kReduceTaps = 16;  // of a block at most
 struct ReduceShared {
   uint16_t elements[64][kReduceTaps + 1];
 };
+static_assert(sizeof(ReduceShared) <= shared_budget("sm90::weight_grad_reduce_kernel"));
 
 // A block sums 64 in-channels of one out channel; reads follow the channels, writes follow the taps, the fastest index
 // of an OIHW weight.
@@ -254,11 +257,15 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
 }
 
 int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  if (tuning().window == 1 && window_weight_grad_efficiency(params) > 0) return window_weight_grad_workspace_bytes(params, traits);
+  if (tuning().window == 2) return shares_workspace_bytes(params, traits);
   return int64_t{4} * plan_of(params, traits.multiprocessors).sums * params.out_channels * taps_of(params) *
          params.in_channels_per_group;
 }
 
 void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
+  if (tuning().window == 1 && window_weight_grad_efficiency(params) > 0) return launch_window_weight_grad(params, traits, workspace, stream);
+  if (tuning().window == 2) return launch_shares(params, traits, workspace, stream);
   const Plan plan = plan_of(params, traits.multiprocessors);
   const int64_t weights = static_cast<int64_t>(params.out_channels) * taps_of(params) * params.in_channels_per_group;
   float* partial_sums = static_cast<float*>(workspace);
