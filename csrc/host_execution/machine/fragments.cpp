@@ -1,6 +1,8 @@
 // Asynchronous copies, matrix fragments and warp-wide products of host execution (../primitives/host_mma.h).
 // A fragment instruction is a meeting of the warp; each lane reads or writes the row that it names by itself, at
 // its own time, so that a missing barrier between lanes shows as well.
+#include <algorithm>
+
 #include "extension.h"
 #include "race.h"
 
@@ -56,6 +58,8 @@ namespace {
 struct Fragment {
   uint16_t row[8];
   uint32_t registers[4];
+  void* destination;  // of a store
+  bool repeated;      // an earlier lane stores the same to the same place
 };
 
 Fragment& fragment_of(Thread* lanes, uint32_t lane) {
@@ -97,6 +101,7 @@ void registers_to_rows(Block& block, uint32_t warp) {
       fragment_of(lanes, lane).row[column] = static_cast<uint16_t>(pair >> (column % 2 * 16));
     }
   }
+  find_repeated(lanes);
 }
 
 void registers_to_columns(Block& block, uint32_t warp) {
@@ -106,6 +111,18 @@ void registers_to_columns(Block& block, uint32_t warp) {
       // Row r of what is stored is column r of the fragment.
       const uint32_t pair = fragment_of(lanes, column * 4 + lane % 8 / 2).registers[lane / 8];
       fragment_of(lanes, lane).row[column] = static_cast<uint16_t>(pair >> (lane % 2 * 16));
+    }
+  }
+  find_repeated(lanes);
+}
+
+void find_repeated(Thread* lanes) {
+  for (uint32_t lane = 0; lane < kWarpThreads; ++lane) {
+    Fragment& mine = fragment_of(lanes, lane);
+    mine.repeated = false;
+    for (uint32_t earlier = 0; earlier < lane && !mine.repeated; ++earlier) {
+      const Fragment& other = fragment_of(lanes, earlier);
+      mine.repeated = other.destination == mine.destination && std::equal(other.row, other.row + 8, mine.row);
     }
   }
 }
@@ -129,9 +146,11 @@ void store_matrix(void* row, const uint32_t (&registers)[4], bool transposed) {
   check_alignment(row, 16, "store_matrix_x4");
   const uint32_t address = shared_address(row, 16, "store_matrix_x4");
   Fragment mine;
+  mine.destination = row;
   copy_bytes(mine.registers, registers, sizeof(registers));
   meet_warp(transposed ? "store_matrix_x4_transposed" : "store_matrix_x4", &mine, false,
             transposed ? &registers_to_columns : &registers_to_rows);
+  if (mine.repeated) return;  // one instruction, so not a race
   race::writes(row, 16);
   copy_bytes(row, mine.row, 16);
   note_ordinary_write(address);
