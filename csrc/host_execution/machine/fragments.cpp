@@ -66,6 +66,17 @@ Fragment& fragment_of(Thread* lanes, uint32_t lane) {
   return *static_cast<Fragment*>(lanes[lane].payload);
 }
 
+void find_repeated(Thread* lanes) {
+  for (uint32_t lane = 0; lane < kWarpThreads; ++lane) {
+    Fragment& mine = fragment_of(lanes, lane);
+    mine.repeated = false;
+    for (uint32_t earlier = 0; earlier < lane && !mine.repeated; ++earlier) {
+      const Fragment& other = fragment_of(lanes, earlier);
+      mine.repeated = other.destination == mine.destination && std::equal(other.row, other.row + 8, mine.row);
+    }
+  }
+}
+
 uint32_t join(uint16_t low, uint16_t high) {
   return low | static_cast<uint32_t>(high) << 16;
 }
@@ -114,17 +125,6 @@ void registers_to_columns(Block& block, uint32_t warp) {
     }
   }
   find_repeated(lanes);
-}
-
-void find_repeated(Thread* lanes) {
-  for (uint32_t lane = 0; lane < kWarpThreads; ++lane) {
-    Fragment& mine = fragment_of(lanes, lane);
-    mine.repeated = false;
-    for (uint32_t earlier = 0; earlier < lane && !mine.repeated; ++earlier) {
-      const Fragment& other = fragment_of(lanes, earlier);
-      mine.repeated = other.destination == mine.destination && std::equal(other.row, other.row + 8, mine.row);
-    }
-  }
 }
 
 }  // namespace
