@@ -61,11 +61,13 @@ LARGE = [
 
 
 @contextlib.contextmanager
-def tuned(library: Path, gemm_tile: int = -1, weight_grad_tile: int = -1, segments: int = -1) -> Iterator[None]:
+def tuned(
+    library: Path, gemm_tile: int = -1, window: int = -1, weight_grad_tile: int = -1, segments: int = -1
+) -> Iterator[None]:
     """Overrides the choice of tiles and of the segments of the weight gradient inside the block."""
     tune = ctypes.CDLL(str(library)).splitkern_tune_sm90
-    tune(gemm_tile, weight_grad_tile, segments)
+    tune(gemm_tile, window, weight_grad_tile, segments)
     try:
         yield
     finally:
-        tune(-1, -1, -1)
+        tune(-1, -1, -1, -1)

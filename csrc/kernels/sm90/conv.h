@@ -34,5 +34,6 @@ Tuning& tuning();
 }  // namespace splitkern::kernels::sm90
 
 // Sets the tuning from outside the library; see Tuning.
-extern "C" __attribute__((visibility("default"))) void splitkern_tune_sm90(int32_t gemm_tile, int32_t weight_grad_tile,
+extern "C" __attribute__((visibility("default"))) void splitkern_tune_sm90(int32_t gemm_tile, int32_t window,
+                                                                           int32_t weight_grad_tile,
                                                                            int32_t weight_grad_segments);

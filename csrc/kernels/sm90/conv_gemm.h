@@ -416,6 +416,10 @@ void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmPro
 
 // The tile with the least predicted time: whole waves of tiles, each as long as the slowest of products,
 // shared-memory and L2 traffic, plus what a tile costs outside its main loop.
-int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
+struct GemmChoice {
+  int32_t tile;   // index into kGemmTiles
+  double cycles;  // of a multiprocessor, predicted
+};
+GemmChoice choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
 
 }  // namespace splitkern::kernels::sm90

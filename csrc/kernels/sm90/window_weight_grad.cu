@@ -20,7 +20,7 @@ namespace {
 constexpr int32_t kTaps = 3;  // per axis, and warpgroups that multiply
 constexpr int32_t kColumns = kTaps * kUnitChannels;
 constexpr int32_t kWindowThreads = (1 + kTaps) * kWarpgroupThreads;
-constexpr int32_t kMaxProblems = 112;
+constexpr int32_t kMaxProblems = kMaxSubProblems;
 constexpr int32_t kPixelBytes = kUnitChannels * 2;
 constexpr int32_t kStages = 2;
 constexpr int32_t kStageBytes = (kSharedBytes - 1024) / kStages / 1024 * 1024;
@@ -197,7 +197,6 @@ struct Strip {
 struct Plan {
   std::vector<Strip> strips;
   int64_t pixels = 0;  // multiplied, useful or not
-  int64_t useful = 0;
 };
 
 Plan plan_of(const ConvWeightGradParams& params) {
@@ -233,7 +232,6 @@ Plan plan_of(const ConvWeightGradParams& params) {
       }
       if (best < 0) return {};
       plan.pixels += best * params.batch;
-      plan.useful += int64_t{out_rows} * out_columns * params.batch;
       for (int32_t strip = 0; strip < best_strips; ++strip) {
         Strip next = chosen;
         next.first_column = strip * chosen.width;
@@ -264,9 +262,13 @@ Shape shape_of(const Plan& plan, const ConvWeightGradParams& params, const Devic
 
 }  // namespace
 
-double window_weight_grad_efficiency(const ConvWeightGradParams& params) {
+std::optional<double> window_weight_grad_cycles(const ConvWeightGradParams& params, const DeviceTraits& traits) {
   const Plan plan = plan_of(params);
-  return plan.strips.empty() ? 0 : static_cast<double>(plan.useful) / static_cast<double>(plan.pixels);
+  if (plan.strips.empty()) return std::nullopt;
+  const Shape shape = shape_of(plan, params, traits);
+  // Half a cycle per column and 16 pixels, for each of the three warpgroups.
+  const double products = static_cast<double>(plan.pixels) / kStepPixels * kTaps * kColumns / 2;
+  return products * shape.row_tiles * shape.channel_tiles / shape.blocks;
 }
 
 int64_t window_weight_grad_workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
