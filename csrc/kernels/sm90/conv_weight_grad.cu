@@ -255,14 +255,16 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
 }
 
 int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
-  if (tuning().window == 1 && window_weight_grad_efficiency(params) > 0) return window_weight_grad_workspace_bytes(params, traits);
+  if (tuning().window == 1 && window_weight_grad_efficiency(params) > 0)
+    return window_weight_grad_workspace_bytes(params, traits);
   if (tuning().window == 2) return shares_workspace_bytes(params, traits);
   return int64_t{4} * plan_of(params, traits.multiprocessors).sums * params.out_channels * taps_of(params) *
          params.in_channels_per_group;
 }
 
 void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
-  if (tuning().window == 1 && window_weight_grad_efficiency(params) > 0) return launch_window_weight_grad(params, traits, workspace, stream);
+  if (tuning().window == 1 && window_weight_grad_efficiency(params) > 0)
+    return launch_window_weight_grad(params, traits, workspace, stream);
   if (tuning().window == 2) return launch_shares(params, traits, workspace, stream);
   const Plan plan = plan_of(params, traits.multiprocessors);
   const int64_t weights = static_cast<int64_t>(params.out_channels) * taps_of(params) * params.in_channels_per_group;

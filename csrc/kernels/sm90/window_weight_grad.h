@@ -12,7 +12,8 @@ double window_weight_grad_efficiency(const ConvWeightGradParams& params);
 int64_t window_weight_grad_workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits);
 
 int64_t shares_workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits);
-void launch_shares(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream);
+void launch_shares(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace,
+                   cudaStream_t stream);
 void launch_window_weight_grad(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace,
                                cudaStream_t stream);
 
