@@ -228,7 +228,7 @@ bool takes_window_kernel(const ConvWeightGradParams& params, const DeviceTraits&
   if (tuning().window == 0 || tuning().weight_grad_tile >= 0) return false;
   const std::optional<double> cycles = window_weight_grad_cycles(params, traits);
   if (!cycles.has_value()) return false;
-  return tuning().window == 1 || 1.25 * *cycles + 6000 < 1.25 * plan_of(params, traits.multiprocessors).cycles;
+  return tuning().window == 1 || 1.2 * *cycles + 45000 < 1.15 * plan_of(params, traits.multiprocessors).cycles;
 }
 
 }  // namespace

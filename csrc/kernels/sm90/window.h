@@ -2,17 +2,15 @@
 // Chosen by conv_gemm.cu for a forward or an input gradient where it is expected to be the faster kernel.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "conv_gemm.h"
 
 namespace splitkern::kernels::sm90 {
 
-// Predicted cycles of a multiprocessor, while all of them work and none waits for memory; none where the kernel does
-// not take the call. All problems of a call share the number of taps and their steps.
-std::optional<double> window_cycles(const GemmCall& call, const std::vector<GemmProblem>& problems,
-                                    int32_t multiprocessors);
+// Predicted cycles of the device; infinite where the kernel does not take the call. All problems of a call share the
+// number of taps and their steps.
+double window_cycles(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
 
 void launch_window(bool input_grad, const GemmCall& call, const std::vector<GemmProblem>& problems,
                    int32_t multiprocessors, cudaStream_t stream);
