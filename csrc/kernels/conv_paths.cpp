@@ -7,22 +7,12 @@
 #include <string_view>
 #include <utility>
 
-#include "plain/conv.h"
-#if __has_include("depthwise/conv.h")
 #include "depthwise/conv.h"
-#define SPLITKERN_HAS_DEPTHWISE
-#endif
-#if __has_include("first_layer/conv.h")
 #include "first_layer/conv.h"
-#define SPLITKERN_HAS_FIRST_LAYER
-#endif
-#if __has_include("sm90/conv.h") && !defined(SPLITKERN_WITHOUT_SM90)
-#include "sm90/conv.h"
-#define SPLITKERN_HAS_SM90
-#endif
-#if __has_include("sm80/conv.h")
+#include "plain/conv.h"
 #include "sm80/conv.h"
-#define SPLITKERN_HAS_SM80
+#ifndef SPLITKERN_WITHOUT_SM90  // a build for other architectures alone
+#include "sm90/conv.h"
 #endif
 
 namespace splitkern::kernels {
@@ -53,21 +43,15 @@ struct Candidate {
 // The most preferred first; plain, which takes everything, last.
 template <class Params>
 constexpr Candidate<Params> kCandidates[] = {
-#ifdef SPLITKERN_HAS_DEPTHWISE
     {Path::kDepthwise, "few channels per group: a direct kernel moves the fewest bytes", 80, kAnyCapability,
      &depthwise::refusal, &depthwise::workspace_bytes, &depthwise::launch},
-#endif
-#ifdef SPLITKERN_HAS_FIRST_LAYER
     {Path::kFirstLayer, "few input channels: the reduction is packed across taps", 80, kAnyCapability,
      &first_layer::refusal, &first_layer::workspace_bytes, &first_layer::launch},
-#endif
-#ifdef SPLITKERN_HAS_SM90
+#ifndef SPLITKERN_WITHOUT_SM90
     {Path::kSm90, "tensor cores by wgmma, fed by TMA", 90, 90, &sm90::refusal, &sm90::workspace_bytes, &sm90::launch},
 #endif
-#ifdef SPLITKERN_HAS_SM80
     {Path::kSm80, "tensor cores by mma.sync, fed by cp.async", 80, kAnyCapability, &sm80::refusal,
      &sm80::workspace_bytes, &sm80::launch},
-#endif
     {Path::kPlain, "any shape, type and strides", 0, kAnyCapability, &plain::refusal, &plain::workspace_bytes,
      &plain::launch},
 };

@@ -24,6 +24,11 @@ void launch_max_pool_gather(const MaxPoolGatherParams& params, cudaStream_t stre
 void launch_avg_pool(const AvgPoolParams& params, cudaStream_t stream);
 void launch_avg_pool_backward(const AvgPoolBackwardParams& params, cudaStream_t stream);
 
+// The segments that suit the kernels that will take the call, whose patches have so many pixels on average; 0: any
+// number does. The same on every device.
+int32_t batch_norm_segments(const BatchNormStatsParams& params, int64_t pixels);
+int32_t batch_norm_segments(const BatchNormBackwardReduceParams& params, int64_t pixels);
+
 void launch_batch_norm_stats(const BatchNormStatsParams& params, cudaStream_t stream);
 void launch_batch_norm_stats_merge(const BatchNormStatsParams& params, cudaStream_t stream);
 void launch_batch_norm_apply(const BatchNormApplyParams& params, cudaStream_t stream);

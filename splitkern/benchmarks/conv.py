@@ -249,11 +249,7 @@ def _truths(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, float, float]
 def _forced(path: str | None) -> AbstractContextManager[Any]:
     if path is None:
         return nullcontext()
-    forced_path = getattr(_library, "forced_path", None)
-    if forced_path is None:
-        raise ValueError("this build of splitkern has one path only: leave the path out")
-    context: AbstractContextManager[Any] = forced_path(path)
-    return context
+    return _library.forced_path(path)
 
 
 def measure_conv(setting: Setting, cell: Cell, problem: Problem, *, path: str | None = None) -> Row:
@@ -306,9 +302,20 @@ def measure_conv(setting: Setting, cell: Cell, problem: Problem, *, path: str | 
 
 
 def conv_tasks(
-    setting: Setting, cells: list[Cell], *, path: str | None = None
+    setting: Setting,
+    cells: list[Cell],
+    *,
+    path: str | None = None,
+    explain: Callable[[Cell], dict[str, str]] = lambda cell: {},
 ) -> Iterator[tuple[str, Row, Callable[[], Row]]]:
-    """Key, description and measurement of every cell; neighbours of one layer share their tensors."""
+    """Key, description and measurement of every cell; neighbours of one layer share their tensors.
+
+    Args:
+        setting: how to measure.
+        cells: what.
+        path: the path that ours must take; None for the automatic choice.
+        explain: entries that say which path one launch for all patches takes.
+    """
     shared: tuple[tuple[ConvLayer, int] | None, tuple[Tensor, Tensor, Tensor] | None] = (None, None)
     for cell in cells:
         layer = cell.layer
@@ -322,9 +329,8 @@ def conv_tasks(
                 shared = ((layer, cell.batch), make_tensors(setting, layer, cell.batch))
             assert shared[1] is not None
             problem = make_problem(setting, cell, shared[1])
-            row = measure_conv(setting, cell, problem, path=path)
-            chosen = path or _explain(cell, setting)
-            return row | ({"path": chosen} if chosen else {})
+            chosen = {"path": path} if path else explain(cell)
+            return measure_conv(setting, cell, problem, path=path) | chosen
 
         description = {
             "layer": layer.name, "pass": cell.direction, "grid": list(cell.grid), "batch": cell.batch,
@@ -333,8 +339,3 @@ def conv_tasks(
             "count": layer.count, "inside": layer.inside,
         }  # fmt: skip
         yield cell.key, description, task
-
-
-def _explain(cell: Cell, setting: Setting) -> str | None:
-    """The path that the library chooses, where it can tell."""
-    return None

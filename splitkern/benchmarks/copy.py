@@ -1,29 +1,32 @@
 """`splitkern bench copy`: offload and prefetch between a device view and pinned host memory, plain and compressed.
 
-Candidates: "ours"; "torch", `Tensor.copy_` (of a strided view it first makes a contiguous copy on the device);
-"memcpy2d", cudaMemcpy2DAsync of every image where the view has runs of bytes that it can copy. A slowdown is that of a
-convolution which runs on another stream while ours copies.
+Candidates: "ours", which chooses between "engine" (a copy engine) and "kernel" (a kernel that moves the bytes itself),
+both also measured alone where nothing is compressed; "torch", `Tensor.copy_` (of a strided view it first makes a
+contiguous copy on the device); "memcpy2d", cudaMemcpy2DAsync of every image of a channels_last view. A slowdown is that
+of a convolution which runs on another stream while ours copies.
 """
 
 from __future__ import annotations
 
 import ctypes
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import splitkern.ops
 from splitkern.benchmarks.gpu_timing import Call
 from splitkern.benchmarks.record import Row
 from splitkern.benchmarks.rows import Check, Setting, add_ratios, median_ms, timed
 from splitkern.geometry import even_bounds
+from splitkern.ops import compressed_bytes
 
 DIRECTIONS = ("offload", "prefetch")
-CANDIDATES = ("ours", "torch", "memcpy2d")
+CANDIDATES = ("ours", "engine", "kernel", "torch", "memcpy2d")
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,11 @@ def _host_like(setting: Setting, view: Tensor, case: CopyCase) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Ours both ways, for one case."""
+    """Ours both ways, for one case, by each way of copying that there is; prefetch writes `restored`."""
 
-    offload: Call
-    prefetch: Call
-    restored: Tensor  # what prefetch writes
+    offload: dict[str, Call]
+    prefetch: dict[str, Call]
+    restored: Tensor
 
 
 def _ours(setting: Setting, case: CopyCase, view: Tensor) -> _Pair:
@@ -122,58 +125,71 @@ def _ours(setting: Setting, case: CopyCase, view: Tensor) -> _Pair:
     # Back into a view of the same strides, as a patch is read again.
     parent = torch.zeros(view.shape[0] * view.stride(0), dtype=view.dtype, device=view.device)
     restored = parent.as_strided(view.shape, view.stride())
-    pin = setting.device.type == "cuda"
-    if case.zeros is None:
-        host = _host_like(setting, view, case)
-        return _Pair(lambda: ops.offload(view, host), lambda: ops.prefetch(host, restored), restored)
-    compressed_bytes: Callable[[Tensor], int] = splitkern.ops.compressed_bytes  # type: ignore[attr-defined]
-    size = compressed_bytes(view)
-    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    if case.zeros is not None:
+        size = compressed_bytes(view)
+        packed = torch.empty(size, dtype=torch.uint8, pin_memory=setting.device.type == "cuda")
+        return _Pair(
+            {"ours": lambda: ops.offload_compressed(view, packed)},
+            {"ours": lambda: ops.prefetch_compressed(packed, restored)},
+            restored,
+        )
+    host = _host_like(setting, view, case)
+    ways = {"ours": "auto", "engine": "engine", "kernel": "kernel"}
     return _Pair(
-        lambda: ops.offload_compressed(view, packed), lambda: ops.prefetch_compressed(packed, restored), restored
+        {name: partial(ops.offload.by, view, host, by=by) for name, by in ways.items()},
+        {name: partial(ops.prefetch.by, host, restored, by=by) for name, by in ways.items()},
+        restored,
     )
 
 
-class _Memcpy2D:
+def load_memcpy2d() -> Callable[..., int]:
     """cudaMemcpy2DAsync, from the runtime library that PyTorch has loaded."""
-
-    def __init__(self) -> None:
-        major = str(torch.version.cuda).partition(".")[0]
-        self._function = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpy2DAsync
-        size, pointer = ctypes.c_size_t, ctypes.c_void_p
-        self._function.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
-
-    def __call__(self, target: Tensor, source: Tensor, run_dims: int) -> None:
-        """Copies every image; the last `run_dims` dimensions in memory order are one run of bytes."""
-        strides = source.stride()
-        order = sorted(range(1, 4), key=lambda dim: -strides[dim])
-        row_dims, run = order[: 3 - run_dims], order[3 - run_dims :]
-        rows, width = 1, source.element_size()
-        for dim in row_dims:
-            rows *= source.shape[dim]
-        for dim in run:
-            width *= source.shape[dim]
-        pitches = [tensor.stride(row_dims[-1]) * tensor.element_size() for tensor in (target, source)]
-        kind = 1 if source.device.type == "cpu" else 2
-        stream = torch.cuda.current_stream().cuda_stream
-        for image in range(source.shape[0]):
-            target_at, source_at = (
-                tensor.data_ptr() + image * tensor.stride(0) * tensor.element_size() for tensor in (target, source)
-            )
-            status = self._function(target_at, pitches[0], source_at, pitches[1], width, rows, kind, stream)
-            if status != 0:
-                raise RuntimeError(f"cudaMemcpy2DAsync returned {status}")
+    major = str(torch.version.cuda).partition(".")[0]
+    function = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpy2DAsync
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
+    function.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int, pointer]
+    return function
 
 
-def _measure_slowdown(setting: Setting, copy: Call, copy_ms: float) -> float | None:
-    """How much longer convolutions take while copies run on another stream: 0.02 is 2 %. None without a device."""
-    if setting.device.type != "cuda":
-        return None
-    input = torch.randn(32, 256, 56, 56, device=setting.device).to(setting.dtype)
-    weight = torch.randn(256, 256, 3, 3, device=setting.device).to(setting.dtype) / 48
+def memcpy2d(function: Callable[..., int], target: Tensor, source: Tensor, stream: int) -> None:
+    """Copies a channels_last view image by image: its rows are runs of bytes, equally far apart.
+
+    Args:
+        function: cudaMemcpy2DAsync.
+        target, source: [N, C, H, W] of one type, both with channel stride 1 and column stride C.
+        stream: handle of the CUDA stream.
+
+    Raises:
+        RuntimeError: with the status, if CUDA refuses.
+    """
+    count, channels, rows, columns = source.shape
+    size = source.element_size()
+    kind = 1 if source.device.type == "cpu" else 2  # cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
+    pitches = [tensor.stride(2) * size for tensor in (target, source)]
+    for image in range(count):
+        at = [tensor.data_ptr() + image * tensor.stride(0) * size for tensor in (target, source)]
+        status = function(at[0], pitches[0], at[1], pitches[1], columns * channels * size, rows, kind, stream)
+        if status != 0:
+            raise RuntimeError(f"cudaMemcpy2DAsync returned {status}")
+
+
+def measure_slowdown(
+    device: torch.device, dtype: torch.dtype, copy: Call, copy_ms: float, *, size: int = 56, channels: int = 256
+) -> float:
+    """How much longer convolutions take while copies run on another stream: 0.02 is 2 %.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the convolution.
+        copy: queues one copy on the current stream.
+        copy_ms: its duration, so that enough of them are queued.
+        size, channels: of the convolution; smaller ones are for tests.
+    """
+    input = torch.randn(32, channels, size, size, device=device).to(dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype) / 48
     input, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (input, weight))
     output = torch.empty_like(input)
-    bounds = [[0, 28, 56]] * 4
+    bounds = [[0, size // 2, size]] * 4
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
@@ -200,7 +216,7 @@ def _measure_slowdown(setting: Setting, copy: Call, copy_ms: float) -> float | N
     for _ in range(5):
         alone.append(convolutions(count, 0))
         together.append(convolutions(count, int(1.5 * count * one_ms / copy_ms) + 1))
-    return sorted(together)[2] / sorted(alone)[2] - 1
+    return statistics.median(together) / statistics.median(alone) - 1
 
 
 def measure_copy(setting: Setting, case: CopyCase, direction: str) -> Row:
@@ -212,25 +228,35 @@ def measure_copy(setting: Setting, case: CopyCase, direction: str) -> Row:
     """
     view = _make_view(setting, case)
     ours = _ours(setting, case, view)
-    ours.offload()
-    ours.prefetch()
-    setting.timer.synchronize()
-    checks = {"ours": Check(0.0 if _same_bits(ours.restored, view) else 1.0, 0.0)}
+    offloads = direction == "offload"
+    mine_by_way = ours.offload if offloads else ours.prefetch
+    calls: dict[str, Call] = {}
+    checks: dict[str, Check] = {}
+    for name in mine_by_way:
+        if not setting.wants(name):
+            continue
+        ours.restored.zero_()
+        try:
+            ours.offload[name]()
+            ours.prefetch[name]()
+            setting.timer.synchronize()
+        except RuntimeError:
+            if name != "engine":
+                raise
+            continue  # strides for which it would need too many calls
+        checks[name] = Check(0.0 if _same_bits(ours.restored, view) else 1.0, 0.0)
+        calls[name] = mine_by_way[name]
     host = _host_like(setting, view, case)
     host.copy_(view)
-    offloads = direction == "offload"
-    calls: dict[str, Call] = {}
-    if setting.wants("ours"):
-        calls["ours"] = ours.offload if offloads else ours.prefetch
     source, target = (view, host) if offloads else (host, ours.restored)
     if setting.wants("torch"):
         calls["torch"] = lambda: target.copy_(source, non_blocking=True)
-    if setting.wants("memcpy2d") and setting.device.type == "cuda":
-        copy_2d = _Memcpy2D()
-        # NHWC: a patch's row is one run; NCHW: an image's channels are not equally far apart as its rows.
-        if case.channels_last:
-            calls["memcpy2d"] = lambda: copy_2d(target, source, 2)
-    row = timed(setting, calls, checks if setting.wants("ours") else {})
+    on_gpu = setting.device.type == "cuda"
+    # In NCHW an image's channels are not as far apart as its rows: that is no two-dimensional copy.
+    if on_gpu and case.channels_last and setting.wants("memcpy2d"):
+        function, stream = load_memcpy2d(), torch.cuda.current_stream().cuda_stream
+        calls["memcpy2d"] = lambda: memcpy2d(function, target, source, stream)
+    row = timed(setting, calls, checks)
     row["bytes"] = view.numel() * view.element_size()
     mine = median_ms(row, "ours")
     link = setting.ceilings.from_device_gbps if offloads else setting.ceilings.to_device_gbps
@@ -238,10 +264,10 @@ def measure_copy(setting: Setting, case: CopyCase, direction: str) -> Row:
         row["gbps"] = row["bytes"] / mine / 1e6
         if link:
             row["link_share"] = row["gbps"] / link
-        slowdown = _measure_slowdown(setting, calls["ours"], mine)
-        if slowdown is not None:
-            row["slowdown"] = slowdown
-    add_ratios(row, "ours", {"torch_over_ours": "torch", "memcpy2d_over_ours": "memcpy2d"})
+        if on_gpu:
+            row["slowdown"] = measure_slowdown(setting.device, setting.dtype, calls["ours"], mine)
+    others = ("engine", "kernel", "torch", "memcpy2d")
+    add_ratios(row, "ours", {f"{name}_over_ours": name for name in others})
     return row
 
 

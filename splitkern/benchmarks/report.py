@@ -23,7 +23,7 @@ RATIOS = {
         "loop_over_patch": "loop / per patch",
     },
     "pool": {"torch_over_layer": "PyTorch / one launch", "torch_over_patch": "PyTorch / per patch"},
-    "copy": {"torch_over_ours": "PyTorch / ours"},
+    "copy": {"torch_over_ours": "PyTorch / ours", "memcpy2d_over_ours": "memcpy2D / ours"},
 }
 
 
@@ -93,6 +93,12 @@ def _ms(row: Row, name: str) -> str:
     return f"{median:.4g} ±{spread / 2 / median:.0%}{gaps}" if median else "0"
 
 
+def _host_us(row: Row) -> str:
+    """Time in which the host queues ours; above the device's time a call by itself is bound by it."""
+    candidates = row.get("candidates", {})
+    return " ".join(f"{candidates[name]['host_us']:.0f}" for name in ("layer", "patch") if name in candidates)
+
+
 def _grid(row: Row) -> str:
     return f"{row['grid'][0]}x{row['grid'][1]}"
 
@@ -104,7 +110,8 @@ def _note(row: Row) -> str:
 def _conv_table(rows: Sequence[Row], table: Format) -> str:
     header = [
         "layer", "shape", "pass", "grid", "batch", "path", "one launch ms", "per patch ms", "cuDNN ms", "loop ms",
-        "cuDNN/one", "cuDNN/patch", "loop/one", "TFLOP/s", "of matmul", "of copy", "bound", "",
+        "cuDNN/one", "cuDNN/patch", "loop/one", "TFLOP/s", "of matmul", "of copy", "bound",
+        "host µs, one and per patch", "",
     ]  # fmt: skip
     lines = [
         [
@@ -112,7 +119,7 @@ def _conv_table(rows: Sequence[Row], table: Format) -> str:
             *(_ms(row, name) for name in ("layer", "patch", "cudnn", "loop")),
             *(_text(row.get(key), ".2f") for key in ("cudnn_over_layer", "cudnn_over_patch", "loop_over_layer")),
             _text(row.get("tflops"), ".0f"), _text(row.get("matmul_share"), ".0%"), _text(row.get("copy_share"), ".0%"),
-            row.get("bound", ""), _note(row),
+            row.get("bound", ""), _host_us(row), _note(row),
         ]
         for row in rows
     ]  # fmt: skip
@@ -138,18 +145,24 @@ def _pool_table(rows: Sequence[Row], table: Format) -> str:
 
 def _copy_table(rows: Sequence[Row], table: Format) -> str:
     header = [
-        "copy", "direction", "view", "bytes", "ours ms", "PyTorch ms", "PyTorch/ours", "GB/s", "of link",
-        "slows a convolution by", "",
+        "copy", "direction", "view", "bytes", "ours ms", "engine ms", "kernel ms", "PyTorch ms", "memcpy2D ms",
+        "PyTorch/ours", "GB/s", "of link", "slows a convolution by", "",
     ]  # fmt: skip
     lines = [
         [
-            row["layer"], row["pass"], row["shape"], str(row["bytes"]), *(_ms(row, name) for name in ("ours", "torch")),
+            row["layer"], row["pass"], row["shape"], str(row["bytes"]),
+            *(_ms(row, name) for name in ("ours", "engine", "kernel", "torch", "memcpy2d")),
             _text(row.get("torch_over_ours"), ".2f"), _text(row.get("gbps"), ".1f"),
             _text(row.get("link_share"), ".0%"), _text(row.get("slowdown"), ".1%"), _note(row),
         ]
         for row in rows
     ]  # fmt: skip
     return table(header, lines)
+
+
+def _share(row: Row, bound: str) -> float | None:
+    """One launch's share of the ceiling that bounds the layer, None if another does."""
+    return row.get(f"{bound}_share") if row.get("bound", "copy") == bound else None
 
 
 def _summary(kind: str, rows: Sequence[Row], table: Format) -> str:
@@ -159,8 +172,10 @@ def _summary(kind: str, rows: Sequence[Row], table: Format) -> str:
         if kind != "copy":
             group += (_grid(row), str(row["batch"]))
         groups.setdefault(group, []).append(row)
+    bounds = [bound for bound in ("matmul", "copy") if any(_share(row, bound) for row in rows)]
     used = {key: text for key, text in RATIOS[kind].items() if any(key in row for row in rows)}
     header = ["geometric mean", *([] if kind == "copy" else ["grid", "batch"]), "rows", *used.values()]
+    header += [f"of {bound}, where it bounds" for bound in bounds]
     header += ["worst row", "not counted"]
     first = next(iter(RATIOS[kind]))
     lines = []
@@ -170,6 +185,9 @@ def _summary(kind: str, rows: Sequence[Row], table: Format) -> str:
         for key in used:
             values = [row[key] for row in right if key in row]
             means.append(f"{geometric_mean(values):.2f}" if values else "")
+        for bound in bounds:
+            shares = [share for row in right if (share := _share(row, bound))]
+            means.append(f"{geometric_mean(shares):.0%}" if shares else "")
         ranked = sorted((row for row in right if first in row), key=lambda row: float(row[first]))
         worst = f"{ranked[0]['layer']} {ranked[0][first]:.2f}" if ranked else ""
         lines.append(

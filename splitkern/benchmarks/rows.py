@@ -193,7 +193,7 @@ def run_rows(
         try:
             with torch.no_grad():
                 row = {**description, **task()}
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever it is, the other rows are still worth measuring
             row = {**description, "status": ERROR, "message": _one_line(error)}
         finally:
             faulthandler.cancel_dump_traceback_later()

@@ -14,6 +14,7 @@ from splitkern.cli.common import UserError, grid, integer, number, table
 
 if TYPE_CHECKING:
     from splitkern.benchmarks.gpu_timing import Timer
+    from splitkern.benchmarks.layers import Cell
     from splitkern.benchmarks.record import Row
     from splitkern.benchmarks.rows import Setting
 
@@ -30,7 +31,7 @@ _TEXTS = {
 _CANDIDATES = {
     "conv": ("layer", "patch", "cudnn", "loop"),
     "pool": ("layer", "patch", "torch"),
-    "copy": ("ours", "torch", "memcpy2d"),
+    "copy": ("ours", "engine", "kernel", "torch", "memcpy2d"),
 }
 _PASSES = {
     "conv": ("forward", "input_grad", "weight_grad"),
@@ -112,9 +113,42 @@ def make_timer() -> Timer:
     return DeviceTimer(torch.device("cuda", torch.cuda.current_device()))
 
 
-def ceilings_options(timer: Timer) -> dict[str, Any]:
-    """How the ceilings are measured."""
-    return {"link": timer.device.type == "cuda"}
+def ceilings_options(benchmark: str) -> dict[str, Any]:
+    """How the ceilings are measured: those of the link only for what uses it."""
+    return {"link": benchmark == "copy"}
+
+
+def make_explain(dtype: str) -> Callable[[Cell], dict[str, str]]:
+    """What tells the path of a cell on the current device, and why it is that one.
+
+    Args:
+        dtype: "bf16", "fp16" or "fp32".
+    """
+    import torch
+
+    from splitkern.benchmarks.layers import ConvLayer
+    from splitkern.cli import explain
+
+    device = explain.device_for(None)
+    if dtype == "fp32" and torch.backends.cudnn.allow_tf32:
+        dtype = "tf32"
+
+    def of(cell: Cell) -> dict[str, str]:
+        layer = cell.layer
+        assert isinstance(layer, ConvLayer)
+        shape = explain.ConvShape(
+            input_size=(cell.batch, layer.channels, layer.size, layer.size),
+            weight_size=(layer.outputs, layer.channels, layer.kernel, layer.kernel),
+            stride=(layer.stride,) * 2,
+            padding=(layer.padding,) * 2,
+            dtype=dtype,
+            grid=cell.grid,
+            passes=(cell.direction,),
+        )
+        (found,) = explain.explain(shape, device)
+        return {"path": found.path, "reason": found.reason}
+
+    return of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         record = Record(header, args.save, resume=args.resume)
         dtype = DTYPES[args.dtype]
         if record.data["ceilings"] is None:
-            record.data["ceilings"] = vars(measure_ceilings(timer, dtype, **ceilings_options(timer)))
+            record.data["ceilings"] = vars(measure_ceilings(timer, dtype, **ceilings_options(args.benchmark)))
         setting = Setting(
             timer, Ceilings(**record.data["ceilings"]), dtype, args.budget_ms,
             tuple(args.candidates) if args.candidates else None,
@@ -177,7 +211,8 @@ def _tasks(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[str, Ro
         "full": args.full, "pattern": args.layers, "passes": args.passes, "grids": args.grids, "batches": args.batch,
     }  # fmt: skip
     if args.benchmark == "conv":
-        return conv_tasks(setting, cells(CONV_LAYERS, **which), path=args.path)
+        explain = make_explain(args.dtype)
+        return conv_tasks(setting, cells(CONV_LAYERS, **which), path=args.path, explain=explain)
     return pool_tasks(setting, cells(POOL_LAYERS, **which))
 
 

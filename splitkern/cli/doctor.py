@@ -1,7 +1,7 @@
 """`splitkern doctor`: what this machine has, which operator paths splitkern can use on it, and why not the others.
 
 Every path that is called available has just computed a small convolution, compared with PyTorch's. With `--explain`
-instead: which path a given convolution would take, on this GPU or on another one.
+instead: which kernels a given convolution or pooling would take, on this GPU or on another one.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--explain",
-        metavar="CONVOLUTION",
-        help=f"say which kernels a convolution takes, and why: {explanations.USAGE}",
+        metavar="SHAPE",
+        help=f"say which kernels a convolution or pooling takes, and why: {explanations.USAGE}",
     )
     parser.add_argument(
         "--architecture",
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         0 when splitkern can be used on this machine (or has explained), 1 when not.
 
     Raises:
-        UserError: for a convolution or an architecture that `--explain` cannot take.
+        UserError: for a shape or an architecture that `--explain` cannot take.
     """
     if args.explain is not None:
         return _explain(args.explain, args.architecture, args.json)
@@ -250,7 +250,7 @@ def _explain(text: str, architecture: str | None, as_json: bool) -> int:
     found = explanations.explain(shape, device)
     if as_json:
         answer = {
-            "convolution": dataclasses.asdict(shape),
+            "shape": dataclasses.asdict(shape),
             "device": dataclasses.asdict(device),
             "passes": [dataclasses.asdict(one) for one in found],
         }

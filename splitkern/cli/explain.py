@@ -1,4 +1,4 @@
-"""`splitkern doctor --explain "conv2d ..."`: which kernels a call would take, and why not the faster ones.
+"""`splitkern doctor --explain "conv2d ..."`: which kernels a call would take, and why not the faster ones; pooling too.
 
 The native library answers from plain numbers, so neither a GPU nor a tensor is needed; the shape is read here.
 """
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,11 +20,15 @@ from splitkern.cli.common import UserError
 from splitkern.geometry import AxisNode, Bounds, Window, even_bounds, propagate
 
 PASSES = ("forward", "input_grad", "weight_grad")
+POOLS = ("max_pool2d", "avg_pool2d")
+POOL_PASSES = ("forward", "backward")
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")  # tf32: fp32 tensors where PyTorch's setting allows tf32
 LAYOUTS = ("channels_last", "contiguous")
+_COMMON = "[fp64|fp32|tf32|fp16|bf16] [channels_last|contiguous] [grid RxC]"
 USAGE = (
-    '"conv2d NxCxHxW KxCxRxS [stride S] [padding P] [dilation D] [groups G] [fp64|fp32|tf32|fp16|bf16] '
-    '[channels_last|contiguous] [grid RxC] [pass forward|input_grad|weight_grad]"; S, P and D may be ROWSxCOLUMNS'
+    f'"conv2d NxCxHxW KxCxRxS [stride S] [padding P] [dilation D] [groups G] {_COMMON} '
+    f'[pass forward|input_grad|weight_grad]" or "max_pool2d|avg_pool2d NxCxHxW kernel K [stride S] [padding P] '
+    f'[dilation D] {_COMMON} [pass forward|backward]"; K, S, P and D may be ROWSxCOLUMNS'
 )
 _ELEMENT_TYPES = {"fp64": 0, "fp32": 1, "tf32": 1, "fp16": 2, "bf16": 3}  # kernels::ElementType
 _TEXT_BYTES = 16384
@@ -75,11 +80,27 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
+class PoolShape:
+    """A pooling as the text of `--explain` gives it; `operator` is one of `POOLS`."""
+
+    operator: str
+    input_size: tuple[int, int, int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    dtype: str = "bf16"
+    layout: str = "channels_last"
+    grid: tuple[int, int] = (1, 1)
+    passes: tuple[str, ...] = POOL_PASSES
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The path of one pass.
 
     Attributes:
-        operation: "forward", "input_grad" or "weight_grad".
+        operation: "forward", "input_grad" or "weight_grad"; of a pooling "forward" or "backward".
         path: name of the path.
         reason: why this one and, for each one preferred to it, why not.
         workspace_bytes: device memory that the call takes beside its tensors.
@@ -91,7 +112,7 @@ class Explanation:
     workspace_bytes: int
 
 
-def parse(text: str) -> ConvShape:
+def parse(text: str) -> ConvShape | PoolShape:
     """Reads the text of `--explain`.
 
     Raises:
@@ -102,55 +123,72 @@ def parse(text: str) -> ConvShape:
         (2, 2)
     """
     words = text.split()
-    if not words or words[0] != "conv2d":
-        raise UserError(f"--explain must begin with conv2d, got {text!r}; the form is {USAGE}")
-    if len(words) < 3:
-        raise UserError(f"--explain: conv2d needs the sizes of input and weight, got {text!r}; the form is {USAGE}")
-    sizes = [
-        _whole_numbers(f"the {name} size", word, 4, 4)
-        for name, word in zip(("input", "weight"), words[1:3], strict=True)
-    ]
-    for name, size in zip(("input", "weight"), sizes, strict=True):
+    operator = words[0] if words else ""
+    if operator not in ("conv2d", *POOLS):
+        raise UserError(
+            f"--explain must begin with conv2d, max_pool2d or avg_pool2d, got {text!r}; the form is {USAGE}"
+        )
+    names = ("input", "weight") if operator == "conv2d" else ("input",)
+    if len(words) < 1 + len(names):
+        raise UserError(
+            f"--explain: {operator} needs the size of {' and '.join(names)}, got {text!r}; the form is {USAGE}"
+        )
+    found: dict[str, Any] = {}
+    for name, word in zip(names, words[1:], strict=False):
+        size = _whole_numbers(f"the {name} size", word, 4, 4)
         if math.prod(size) >= 2**62:  # strides are computed in 64 bits
-            raise UserError(f"--explain: the {name} must hold fewer than 2^62 elements, got {words[1:3]}")
-    found: dict[str, object] = {}
+            raise UserError(f"--explain: the {name} must hold fewer than 2^62 elements, got {word}")
+        found[f"{name}_size"] = size
+    given = _options(text, words[1 + len(names) :], operator)
+    if operator == "conv2d":
+        shape = ConvShape(**found, **given)
+        channels, outputs = shape.input_size[1], shape.weight_size[0]
+        if channels != shape.weight_size[1] * shape.groups or outputs % shape.groups:
+            raise UserError(
+                f"--explain: the weight must be K x C / groups x R x S with C = {channels}, groups = {shape.groups} "
+                f"and K a multiple of the groups, got {'x'.join(map(str, shape.weight_size))}"
+            )
+        return shape
+    if "kernel" not in given:
+        raise UserError(f"--explain: {operator} needs a kernel, got {text!r}; the form is {USAGE}")
+    given.setdefault("stride", given["kernel"])  # PyTorch's default
+    return PoolShape(operator, **found, **given)
+
+
+def _options(text: str, words: Sequence[str], operator: str) -> dict[str, Any]:
+    """The words behind the sizes: types and layouts alone, the others with a value."""
+    passes = PASSES if operator == "conv2d" else POOL_PASSES
+    own = "groups" if operator == "conv2d" else "kernel"
+    found: dict[str, Any] = {}
 
     def put(name: str, value: object) -> None:
         if name in found:
             raise UserError(f"--explain: {name} is given twice in {text!r}")
         found[name] = value
 
-    rest = iter(words[3:])
+    rest = iter(words)
     for word in rest:
         if word in DTYPES:
             put("dtype", word)
         elif word in LAYOUTS:
             put("layout", word)
-        elif word in ("stride", "padding", "dilation", "groups", "grid", "pass"):
+        elif word in (own, "stride", "padding", "dilation", "grid", "pass"):
             value = next(rest, None)
             if value is None:
                 raise UserError(f"--explain: {word} needs a value, and {text!r} ends there")
             if word == "pass":
-                if value not in PASSES:
-                    raise UserError(f"--explain: pass must be one of {', '.join(PASSES)}, got {value!r}")
+                if value not in passes:
+                    raise UserError(f"--explain: pass must be one of {', '.join(passes)}, got {value!r}")
                 put("passes", (value,))
             elif word == "groups":
                 put(word, _whole_numbers(word, value, 1, 1)[0])
             else:
-                numbers = _whole_numbers(
-                    word, value, 2 if word == "grid" else 1, 2, minimum=0 if word == "padding" else 1
-                )
+                minimum = 0 if word == "padding" else 1
+                numbers = _whole_numbers(word, value, 2 if word == "grid" else 1, 2, minimum)
                 put(word, (numbers[0], numbers[-1]))
         else:
             raise UserError(f"--explain: {word!r} means nothing here; the form is {USAGE}")
-    shape = ConvShape(input_size=sizes[0], weight_size=sizes[1], **found)  # type: ignore[arg-type]
-    channels, outputs = shape.input_size[1], shape.weight_size[0]
-    if channels != shape.weight_size[1] * shape.groups or outputs % shape.groups:
-        raise UserError(
-            f"--explain: the weight must be K x C / groups x R x S with C = {channels}, groups = {shape.groups} and K "
-            f"a multiple of the groups, got {'x'.join(map(str, shape.weight_size))}"
-        )
-    return shape
+    return found
 
 
 def device_for(architecture: str | None) -> Device:
@@ -174,11 +212,11 @@ def device_for(architecture: str | None) -> Device:
     )
 
 
-def explain(shape: ConvShape, device: Device, library: Path | None = None) -> tuple[Explanation, ...]:
-    """Asks the native library which path each pass takes.
+def explain(shape: ConvShape | PoolShape, device: Device, library: Path | None = None) -> tuple[Explanation, ...]:
+    """Asks the native library which kernels each pass takes.
 
     Args:
-        shape: the convolution.
+        shape: the convolution or pooling.
         device: what it would run on.
         library: another file that holds the kernels; this package's library unless given.
 
@@ -190,36 +228,50 @@ def explain(shape: ConvShape, device: Device, library: Path | None = None) -> tu
         >>> explain(parse("conv2d 1x3x8x8 4x3x3x3 fp64 pass forward"), ARCHITECTURES["sm_90"])[0].path  # doctest: +SKIP
         'plain'
     """
-    try:
-        ask = ctypes.CDLL(str(library or build_info().library)).splitkern_explain_conv2d
-    except AttributeError:
+    loaded = ctypes.CDLL(str(library or build_info().library))
+    name = "splitkern_explain_conv2d" if isinstance(shape, ConvShape) else "splitkern_explain_pool2d"
+    ask = getattr(loaded, name, None)
+    if ask is None:
         raise UserError(
             "this splitkern was built without the CUDA kernels; set CUDA_HOME to a CUDA 13 toolkit and rebuild"
-        ) from None
-    rows, columns = (_bounds(shape, axis) for axis in (0, 1))
+        )
+    kernel = shape.weight_size[2:] if isinstance(shape, ConvShape) else shape.kernel
+    rows, columns = (_bounds(shape, kernel[axis], axis) for axis in (0, 1))
+    common = {
+        "type": _ELEMENT_TYPES[shape.dtype],
+        "channels_last": shape.layout == "channels_last",
+        "input_size": shape.input_size,
+        "stride": shape.stride,
+        "padding": shape.padding,
+        "dilation": shape.dilation,
+        "row_patches": shape.grid[0],
+        "column_patches": shape.grid[1],
+        "in_rows": _array(rows[0]),
+        "out_rows": _array(rows[1]),
+        "in_columns": _array(columns[0]),
+        "out_columns": _array(columns[1]),
+    }
     found = []
     for operation in shape.passes:
-        question = _Question(
-            pass_=PASSES.index(operation),
-            type=_ELEMENT_TYPES[shape.dtype],
-            channels_last=shape.layout == "channels_last",
-            allow_tf32=shape.dtype == "tf32",
-            compute_capability=device.compute_capability,
-            multiprocessors=device.multiprocessors,
-            shared_memory_bytes=device.shared_memory_bytes,
-            groups=shape.groups,
-            input_size=shape.input_size,
-            weight_size=shape.weight_size,
-            stride=shape.stride,
-            padding=shape.padding,
-            dilation=shape.dilation,
-            row_patches=shape.grid[0],
-            column_patches=shape.grid[1],
-            in_rows=_array(rows[0]),
-            out_rows=_array(rows[1]),
-            in_columns=_array(columns[0]),
-            out_columns=_array(columns[1]),
-        )
+        question: ctypes.Structure
+        if isinstance(shape, ConvShape):
+            question = _ConvQuestion(
+                pass_=PASSES.index(operation),
+                allow_tf32=shape.dtype == "tf32",
+                compute_capability=device.compute_capability,
+                multiprocessors=device.multiprocessors,
+                shared_memory_bytes=device.shared_memory_bytes,
+                groups=shape.groups,
+                weight_size=shape.weight_size,
+                **common,
+            )
+        else:
+            question = _PoolQuestion(
+                average=shape.operator == "avg_pool2d",
+                pass_=POOL_PASSES.index(operation),
+                kernel=shape.kernel,
+                **common,
+            )
         text = ctypes.create_string_buffer(_TEXT_BYTES)
         failed = ask(ctypes.byref(question), text, ctypes.c_int64(_TEXT_BYTES))
         answer = text.value.decode(errors="replace")
@@ -239,7 +291,17 @@ def conv_paths(library: Path | None = None) -> tuple[str, ...]:
     return tuple(names().decode().split())
 
 
-class _Question(ctypes.Structure):
+_PATCH_FIELDS = (
+    ("row_patches", ctypes.c_int64),
+    ("column_patches", ctypes.c_int64),
+    ("in_rows", ctypes.POINTER(ctypes.c_int64)),
+    ("out_rows", ctypes.POINTER(ctypes.c_int64)),
+    ("in_columns", ctypes.POINTER(ctypes.c_int64)),
+    ("out_columns", ctypes.POINTER(ctypes.c_int64)),
+)
+
+
+class _ConvQuestion(ctypes.Structure):
     """SplitkernConvQuestion of csrc/ops/cuda/explain.h."""
 
     _fields_ = [
@@ -256,12 +318,24 @@ class _Question(ctypes.Structure):
         ("stride", ctypes.c_int64 * 2),
         ("padding", ctypes.c_int64 * 2),
         ("dilation", ctypes.c_int64 * 2),
-        ("row_patches", ctypes.c_int64),
-        ("column_patches", ctypes.c_int64),
-        ("in_rows", ctypes.POINTER(ctypes.c_int64)),
-        ("out_rows", ctypes.POINTER(ctypes.c_int64)),
-        ("in_columns", ctypes.POINTER(ctypes.c_int64)),
-        ("out_columns", ctypes.POINTER(ctypes.c_int64)),
+        *_PATCH_FIELDS,
+    ]
+
+
+class _PoolQuestion(ctypes.Structure):
+    """SplitkernPoolQuestion of csrc/ops/cuda/explain.h."""
+
+    _fields_ = [
+        ("average", ctypes.c_int32),
+        ("pass_", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("channels_last", ctypes.c_int32),
+        ("input_size", ctypes.c_int64 * 4),
+        ("kernel", ctypes.c_int64 * 2),
+        ("stride", ctypes.c_int64 * 2),
+        ("padding", ctypes.c_int64 * 2),
+        ("dilation", ctypes.c_int64 * 2),
+        *_PATCH_FIELDS,
     ]
 
 
@@ -269,10 +343,10 @@ def _array(bounds: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(bounds))(*bounds)
 
 
-def _bounds(shape: ConvShape, axis: int) -> tuple[Bounds, Bounds]:
+def _bounds(shape: ConvShape | PoolShape, kernel: int, axis: int) -> tuple[Bounds, Bounds]:
     """Input and output boundaries of one axis: even at the output, carried to the input."""
     extent, parts = shape.input_size[2 + axis], shape.grid[axis]
-    window = Window(shape.weight_size[2 + axis], shape.stride[axis], shape.padding[axis], shape.dilation[axis])
+    window = Window(kernel, shape.stride[axis], shape.padding[axis], shape.dilation[axis])
     try:
         outputs = even_bounds(window.output_extent(extent), parts)
         nodes = [AxisNode("output", ("input",), window)]

@@ -6,19 +6,23 @@ Only the timer differs from a run on a GPU: candidates, geometry, truths and rec
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from splitkern.benchmarks import conv, layers, pool
+from splitkern.benchmarks import conv, copy, layers, pool
+from splitkern.benchmarks.copy import COPY_CASES
 from splitkern.benchmarks.gpu_timing import Ceilings, HostTimer, Sample, measure, measure_ceilings
 from splitkern.benchmarks.layers import Cell, ConvLayer, PoolLayer
 from splitkern.benchmarks.record import Record, RecordError
 from splitkern.benchmarks.report import geometric_mean, markdown, report
 from splitkern.benchmarks.rows import Check, DeviceLost, Setting, relative_error, run_rows
-from splitkern.cli import bench_kernels, main
+from splitkern.cli import bench_kernels, explain, main
 from splitkern.cli.common import table
 
 CONV = (
@@ -48,7 +52,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands measure on the CPU, tiny layers."""
     monkeypatch.setattr(bench_kernels, "make_timer", HostTimer)
     sizes = {"link": False, "side": 16, "copy_bytes": 1024}
-    monkeypatch.setattr(bench_kernels, "ceilings_options", lambda timer: sizes)
+    monkeypatch.setattr(bench_kernels, "ceilings_options", lambda benchmark: sizes)
+    monkeypatch.setattr(bench_kernels, "make_explain", lambda dtype: lambda cell: {"path": f"some {dtype} path"})
     monkeypatch.setattr(layers, "CONV_LAYERS", CONV)
     monkeypatch.setattr(layers, "POOL_LAYERS", POOL)
 
@@ -100,6 +105,27 @@ def test_every_pool_row_is_right(dtype: torch.dtype) -> None:
         if "max" in key and row["pass"] == "forward":
             assert row["candidates"]["layer"]["error"] == 0
         assert row["torch_over_layer"] > 0
+
+
+def test_every_copy_row_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy, "COPY_CASES", tuple(replace(case, batch=2, channels=8, size=13) for case in COPY_CASES))
+    record = Record({"benchmark": "copy"})
+    assert run_rows(record, copy.copy_tasks(setting(torch.bfloat16), copy.copy_cases()), HostTimer())
+    assert len(record.rows) == 2 * len(COPY_CASES)
+    for key, row in record.rows.items():
+        assert row["status"] == "ok", f"{key}: {row.get('message')}"
+        ways = ["ours"] if "compressed" in key else ["ours", "engine", "kernel"]
+        assert list(row["candidates"]) == [*ways, "torch"]  # cudaMemcpy2DAsync needs a device
+        assert row["torch_over_ours"] > 0
+        assert row["gbps"] > 0
+
+
+def test_bytes_that_come_back_wrong_are_recorded_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy, "_same_bits", lambda first, second: False)
+    record = Record({"benchmark": "copy"})
+    case = replace(COPY_CASES[0], batch=1, channels=2, size=4)
+    run_rows(record, copy.copy_tasks(setting(), [case]), HostTimer())
+    assert [row["status"] for row in record.rows.values()] == ["wrong", "wrong"]
 
 
 def test_a_wrong_kernel_is_recorded_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +277,30 @@ def test_a_lost_device_ends_the_run() -> None:
     assert list(record.rows) == ["fails"]
 
 
+HANGS = """
+import sys, time
+from pathlib import Path
+from splitkern.benchmarks.gpu_timing import HostTimer
+from splitkern.benchmarks.record import Record
+from splitkern.benchmarks.rows import run_rows
+
+header = {"benchmark": "conv", "options": {}, "commit": "c", "machine": {}}
+record = Record(header, Path(sys.argv[1]), resume=True)
+tasks = [("hangs", {}, lambda: time.sleep(600)), ("runs", {}, lambda: {"status": "ok"})]
+run_rows(record, tasks, HostTimer(), row_seconds=0.5)
+"""
+
+
+def test_a_row_that_hangs_ends_the_process_and_is_not_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    command = [sys.executable, "-c", HANGS, str(path)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert "Timeout" in process.stderr
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    assert [row["status"] for row in json.loads(path.read_text())["rows"].values()] == ["lost", "ok"]
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 
@@ -283,7 +333,14 @@ def test_conv_command(on_the_cpu: None, tmp_path: Path, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert path.read_bytes() == before
     assert captured.err == ""
-    for part in ("net.first", "3->4 7x7 stride 2 at 12", "cuDNN / one launch", "worst row", "commit abc"):
+    for part in (
+        "net.first",
+        "3->4 7x7 stride 2 at 12",
+        "cuDNN / one launch",
+        "worst row",
+        "some bf16 path",
+        "commit abc",
+    ):
         assert part in captured.out
     assert main(["bench", "report", str(path)]) == 0
     assert capsys.readouterr().out == captured.out
@@ -305,6 +362,15 @@ def test_choices_of_the_command(on_the_cpu: None, capsys: pytest.CaptureFixture[
     (row,) = json.loads(capsys.readouterr().out)["rows"].values()
     assert list(row["candidates"]) == ["layer", "loop"]
     assert row["grid"] == [3, 2]
+
+
+@pytest.mark.skipif(not explain.conv_paths(), reason="the library was built without the CUDA kernels")
+def test_the_path_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "device_for", lambda name: explain.ARCHITECTURES["sm_90"])
+    cell = Cell(ConvLayer("double", 3, 4, 8, 3, 1, 1, count=1, inside=True), "forward", (2, 2), 1)
+    found = bench_kernels.make_explain("bf16")(cell)
+    assert found["path"] in explain.conv_paths()
+    assert found["reason"]
 
 
 def test_pool_command(on_the_cpu: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,20 +411,21 @@ def synthetic_row(layer: str, ratio: float, status: str = "ok") -> dict[str, Any
 
 
 def test_means_leave_out_what_is_wrong_and_say_so() -> None:
+    # A share counts where it is that of the ceiling which bounds the layer.
     rows = {
-        "a": synthetic_row("a", 4.0),
-        "b": synthetic_row("b", 1.0),
+        "a": {**synthetic_row("a", 4.0), "bound": "matmul", "matmul_share": 0.5, "copy_share": 0.1},
+        "b": {**synthetic_row("b", 1.0), "bound": "copy", "matmul_share": 0.2, "copy_share": 0.8},
         "c": {**synthetic_row("c", 100.0, "wrong"), "message": "layer: error 1 over 0.01"},
     }
     machine = {"device": "GPU", "torch": "2.11", "cudnn": 1}
     record = {"benchmark": "conv", "machine": machine, "commit": "abc", "ceilings": vars(CEILINGS), "rows": rows}
     text = report(record, table, summary=True)
     mean = next(line for line in text.splitlines() if line.startswith("forward"))
-    assert mean.split() == ["forward", "2x2", "32", "2", "2.00", "b", "1.00", "1"]
+    assert mean.split() == ["forward", "2x2", "32", "2", "2.00", "50%", "80%", "b", "1.00", "1"]
     assert "  c: wrong: layer: error 1 over 0.01" in text
     assert "1.0000 ±10%" not in text
     assert "1 ±10%" in report(record, table)
-    assert "| forward | 2x2 | 32 | 2 | 2.00 | b 1.00 | 1 |" in report(record, markdown, summary=True)
+    assert "| forward | 2x2 | 32 | 2 | 2.00 | 50% | 80% | b 1.00 | 1 |" in report(record, markdown, summary=True)
 
 
 def test_a_record_without_rows() -> None:

@@ -38,9 +38,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must begin with conv2d, got ''"),
-        ("conv3d 1x8x9x9 8x8x3x3", "must begin with conv2d"),
-        ("conv2d 1x8x9x9", "needs the sizes of input and weight"),
+        ("", "must begin with conv2d, max_pool2d or avg_pool2d, got ''"),
+        ("conv3d 1x8x9x9 8x8x3x3", "must begin with conv2d, max_pool2d or avg_pool2d"),
+        ("conv2d 1x8x9x9", "needs the size of input and weight"),
         ("conv2d 1x8x9 8x8x3x3", "the input size must be four whole numbers such as 32x64x56x56, each at least 1"),
         ("conv2d 1x8x9x9 8x8x3xthree", "the weight size must be four whole numbers"),
         ("conv2d 1x8x9x0 8x8x3x3", "the input size must be .* got '1x8x9x0'"),
@@ -59,6 +59,10 @@ def test_defaults() -> None:
         ("conv2d 1x8x9x9 8x8x3x3 int8", "'int8' means nothing here"),
         ("conv2d 1x8x9x9 8x8x3x3 fp16 bf16", "dtype is given twice"),
         ("conv2d 1x999999999x999999999x9 8x8x3x3", "the input must hold fewer than 2\\^62 elements"),
+        ("max_pool2d 1x8x9x9 stride 2", "max_pool2d needs a kernel"),
+        ("max_pool2d 1x8x9x9 kernel 2 groups 2", "'groups' means nothing here"),
+        ("avg_pool2d 1x8x9x9 kernel 2 pass input_grad", "pass must be one of forward, backward, got 'input_grad'"),
+        ("conv2d 1x8x9x9 8x8x3x3 kernel 3", "'kernel' means nothing here"),
         ("conv2d 1x8x9x9 8x4x3x3", "C = 8, groups = 1 and K a multiple of the groups, got 8x4x3x3"),
         ("conv2d 1x8x9x9 9x4x3x3 groups 2", "groups = 2 and K a multiple of the groups, got 9x4x3x3"),
     ],
@@ -66,6 +70,21 @@ def test_defaults() -> None:
 def test_refuses(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         explain.parse(text)
+
+
+def test_reads_poolings() -> None:
+    assert explain.parse("max_pool2d 2x64x56x40 kernel 3x2") == explain.PoolShape(
+        operator="max_pool2d", input_size=(2, 64, 56, 40), kernel=(3, 2), stride=(3, 2)
+    )
+    assert explain.parse("avg_pool2d 2x64x56x40 kernel 2 stride 1 padding 1 fp32 pass backward") == explain.PoolShape(
+        operator="avg_pool2d",
+        input_size=(2, 64, 56, 40),
+        kernel=(2, 2),
+        stride=(1, 1),
+        padding=(1, 1),
+        dtype="fp32",
+        passes=("backward",),
+    )
 
 
 def test_without_a_gpu_the_architecture_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +115,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["doctor", "--json", "--architecture", "sm_80", "--explain", TEXT.replace("bf16", "fp64")]
     assert main(command) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["convolution"]["input_size"] == [32, 64, 56, 56]
+    assert answer["shape"]["input_size"] == [32, 64, 56, 56]
     assert answer["device"]["compute_capability"] == 80
     assert [one["operation"] for one in answer["passes"]] == ["forward", "input_grad", "weight_grad"]
     assert {one["path"] for one in answer["passes"]} == {"plain"}

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,19 @@ def host_build() -> Path:
         f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
     )
     run(cmake, "--build", str(build), "--target", "_ops_host_execution", "--parallel", "2")
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_target(host_build: Path) -> Callable[[str], Path]:
+    """Builds another target of that folder and returns its file."""
+
+    def build(name: str) -> Path:
+        cmake = find_tool("cmake")
+        assert cmake is not None
+        run(cmake, "--build", str(host_build), "--target", name, "--parallel", "2")
+        return host_build / name
+
     return build
 
 

@@ -82,7 +82,7 @@ def build_with(bug: Bug, host_build: Path, folder: Path) -> Build:
     again = {f"kernels/{path}".replace("/", "_").replace(".", "_") + ".cpp" for path in compiled} | {"library.cpp"}
     objects = []
     for entry in json.loads((host_build / "compile_commands.json").read_text()):
-        if "_ops_host_execution.dir" not in entry["command"]:
+        if not any(target in entry["command"] for target in ("_ops_host_execution.dir", "host_execution_machine.dir")):
             continue
         path = Path(entry["file"])
         if path.parent.name != "host_execution" or path.name not in again:

@@ -32,7 +32,9 @@ def run(operators: Operators, shape: explain.ConvShape) -> None:
     dtype = TORCH_DTYPES[shape.dtype]
     image = torch.ones(shape.input_size, dtype=dtype).contiguous(memory_format=format)
     weight = torch.ones(shape.weight_size, dtype=dtype).contiguous(memory_format=format)
-    (in_rows, out_rows), (in_cols, out_cols) = (explain._bounds(shape, axis) for axis in (0, 1))
+    (in_rows, out_rows), (in_cols, out_cols) = (
+        explain._bounds(shape, shape.weight_size[2 + axis], axis) for axis in (0, 1)
+    )
     bounds = [in_rows, in_cols, out_rows, out_cols]
     grad_size = (shape.input_size[0], shape.weight_size[0], out_rows[-1], out_cols[-1])
     grad_output = torch.ones(grad_size, dtype=dtype).contiguous(memory_format=format)
@@ -71,6 +73,19 @@ def test_an_older_device_has_the_plain_path_alone(host_library: Path) -> None:
         assert found.path == "plain"
         others = [name for name in explain.conv_paths(host_library) if name != "plain"]
         assert found.reason.count("the device has compute capability 7.5") == len(others)
+
+
+@pytest.mark.parametrize("operator", explain.POOLS)
+def test_poolings(host_library: Path, operator: str) -> None:
+    text = f"{operator} 2x16x12x12 kernel 3 stride 2 padding 1 bf16 grid 2x2"
+    for found in explain.explain(explain.parse(text), DEVICE, host_library):
+        assert (found.path, found.reason) == ("nhwc", "nhwc: several channels in one access")
+    for found in explain.explain(explain.parse(f"{text} contiguous"), DEVICE, host_library):
+        assert found.path == "plain"
+        assert found.reason.startswith("plain: any shape, type and strides; not nhwc: ")
+    with forced_path("plain", host_library):
+        for found in explain.explain(explain.parse(text), DEVICE, host_library):
+            assert found.reason.endswith("; not nhwc: the plain path was forced")
 
 
 def test_a_weight_gradient_over_several_launches_is_plain(host_library: Path) -> None:

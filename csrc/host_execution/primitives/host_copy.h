@@ -22,8 +22,10 @@ struct CopyBox {
 
 // Refuses what the CUDA runtime refuses, so that the boxes the launcher makes are tested as well.
 inline void engine_copy(const CopyBox& box, const void* from, void* to, bool, cudaStream_t, const char* operation) {
-  const bool rows_fit = box.height * box.depth == 1 || (box.from_pitch >= box.row_bytes && box.to_pitch >= box.row_bytes);
-  const bool slices_fit = box.depth == 1 || (box.from_slice_pitches >= box.height && box.to_slice_pitches >= box.height);
+  const bool rows_fit =
+      box.height * box.depth == 1 || (box.from_pitch >= box.row_bytes && box.to_pitch >= box.row_bytes);
+  const bool slices_fit =
+      box.depth == 1 || (box.from_slice_pitches >= box.height && box.to_slice_pitches >= box.height);
   if (!rows_fit || !slices_fit) {
     throw std::runtime_error(std::string(operation) + ": a box for the copy engine has overlapping rows or slices");
   }

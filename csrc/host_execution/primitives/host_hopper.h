@@ -12,12 +12,13 @@ struct alignas(8) Barrier {
 };
 
 // The arguments themselves, which loads and stores interpret. As large as the device's, so that as many fit a launch.
-struct alignas(64) TensorMap {
+struct TensorMap {
   enum class Kind : int32_t { kNone, kIm2col, kTiled } kind;
   union {
     Im2colMap im2col;
     TiledMap tiled;
   };
+  unsigned char unused[24];
 };
 static_assert(sizeof(TensorMap) == 128);
 

@@ -1,5 +1,5 @@
 // The scheduler of host execution: blocks of cooperative threads on one CPU core. Used by the host
-// primitives (host.h and its siblings), implemented in machine.cpp. Everything here belongs to the
+// primitives (host.h and its siblings), implemented in ../machine/scheduler.cpp. Everything here belongs to the
 // operating-system thread that called launch.
 #pragma once
 

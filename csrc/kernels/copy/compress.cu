@@ -3,6 +3,7 @@
 // Called by csrc/ops/cuda/copy.cpp.
 #include <algorithm>
 
+#include "../budgets.h"
 #include "copy.h"
 #include "walk.h"
 
@@ -23,7 +24,8 @@ struct Slot {
 struct Slots {
   Slot of_warp[kWarps];
 };
-static_assert(sizeof(Slots) <= 48 * 1024, "needs no opt-in");
+static_assert(sizeof(Slots) <= shared_budget("compress_kernel"));
+static_assert(sizeof(Slots) <= shared_budget("decompress_kernel"));
 
 // Sizes for elements of type T (an unsigned integer of the element's size).
 template <class T>
@@ -81,7 +83,8 @@ SPLITKERN_DEVICE WarpSums warp_sums(uint32_t value) {
   return sums;
 }
 
-// --- Compression ------------------------------------------------------------------------------------------------------
+// --- Compression
+// ------------------------------------------------------------------------------------------------------
 
 // The bits of 32 lanes' elements, kPerLane each, in element order from `mask` on.
 template <class T>
@@ -133,9 +136,8 @@ __global__ void compress_kernel(const __grid_constant__ OffloadCompressedParams 
       constexpr int kStep = decltype(step)::value;
       const Vector16& vector = loaded[kStep];
       uint32_t bits = 0;
-      unrolled<Sizes::kPerLane>([&](auto i) {
-        bits |= (element_of<T>(vector, decltype(i)::value) != 0 ? 1u : 0u) << decltype(i)::value;
-      });
+      unrolled<Sizes::kPerLane>(
+          [&](auto i) { bits |= (element_of<T>(vector, decltype(i)::value) != 0 ? 1u : 0u) << decltype(i)::value; });
       const WarpSums sums = warp_sums<Sizes::kPerLane>(count_bits(bits));
       store_mask<T>(slot.bytes + kStep * kWarpThreads * Sizes::kPerLane / 8, bits);
       uint32_t place = kept + sums.before;
@@ -157,7 +159,8 @@ __global__ void compress_kernel(const __grid_constant__ OffloadCompressedParams 
   }
 }
 
-// --- Decompression ----------------------------------------------------------------------------------------------------
+// --- Decompression
+// ----------------------------------------------------------------------------------------------------
 
 enum class Found { kExpected, kOtherOrder, kForeign };
 
@@ -285,7 +288,8 @@ __global__ void decompress_kernel(const __grid_constant__ PrefetchCompressedPara
   }
 }
 
-// --- Launching --------------------------------------------------------------------------------------------------------
+// --- Launching
+// --------------------------------------------------------------------------------------------------------
 
 template <class T, class Params>
 void launch_for(void (*kernel)(Params), Params params, cudaStream_t stream) {
@@ -296,7 +300,8 @@ void launch_for(void (*kernel)(Params), Params params, cudaStream_t stream) {
                    (last == 0 || params.walk.extents[last] % kPerLane == 0);
   for (int32_t dim = 0; dim < last; ++dim) params.vectors &= params.walk.device_strides[dim] % kPerLane == 0;
   const int64_t chunks = compressed_chunks(params.walk.count, sizeof(T));
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(kMaxBlocks, (chunks + kWarps - 1) / kWarps));
+  // An empty tensor still gets its header.
+  const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>((chunks + kWarps - 1) / kWarps, 1, kMaxBlocks));
   launch(kernel, {blocks, 1, 1}, {kWarps * kWarpThreads, 1, 1}, sizeof(Slots), stream, params);
 }
 

@@ -9,7 +9,8 @@ namespace splitkern::kernels {
 
 inline constexpr int kMaxCopyDims = 8;  // of a tensor, extents of 1 not counted for plain copies
 
-// --- Plain copies -----------------------------------------------------------------------------------------------------
+// --- Plain copies
+// -----------------------------------------------------------------------------------------------------
 
 // Every byte of a pair of tensors of equal shape: dimensions outermost first, strides in bytes. The order is that of
 // the host's strides, neighbours are merged where both sides allow it, and the innermost dimension runs over

@@ -1,8 +1,10 @@
 // Plain copies between strided device memory and pinned host memory: which of copy engine and kernel moves a call, the
-// calls of the engine, and the kernel, which reads or writes mapped host memory itself. Called by csrc/ops/cuda/copy.cpp.
+// calls of the engine, and the kernel, which reads or writes mapped host memory itself. Called by
+// csrc/ops/cuda/copy.cpp.
 #include <algorithm>
 #include <numeric>
 
+#include "../budgets.h"
 #include "copy.h"
 #include "walk.h"
 
@@ -22,7 +24,8 @@ constexpr int64_t kAutoEngineCalls = 16;
 constexpr int64_t kMostEngineCalls = 65536;
 constexpr int64_t kMostPitch = (int64_t{1} << 31) - 1;  // cudaDeviceProp::memPitch of every supported GPU
 
-// --- Kernel -----------------------------------------------------------------------------------------------------------
+// --- Kernel
+// -----------------------------------------------------------------------------------------------------------
 
 // A thread moves single units: whole vectors, or whatever two strided sides have in common.
 template <class Params, int kUnit>
@@ -33,7 +36,7 @@ __global__ void copy_kernel(const __grid_constant__ Params params) {
   char* const host = static_cast<char*>(params.host);
   const int64_t threads = global_thread_count();
   for (int64_t first = global_thread_index(); first < walk.count; first += kAccesses * threads) {
-    Unit moved[kAccesses];
+    Unit moved[kAccesses] = {};
     char* targets[kAccesses];
     unrolled<kAccesses>([&](auto step) {
       constexpr int kStep = decltype(step)::value;
@@ -56,10 +59,10 @@ __global__ void copy_kernel(const __grid_constant__ Params params) {
 struct Stages {
   alignas(16) unsigned char of_warp[kWarps][kStagedBytes];
 };
-static_assert(sizeof(Stages) <= 48 * 1024, "needs no opt-in");
+static_assert(sizeof(Stages) <= shared_budget("staged_copy_kernel"));
 
-// The host's side is one run of bytes from a multiple of 16 on, which always moves in vectors; the device's side is made
-// of smaller units, which warps collect in shared memory.
+// The host's side is one run of bytes from a multiple of 16 on, which always moves in vectors; the device's side is
+// made of smaller units, which warps collect in shared memory.
 template <class Params, int kUnit>
 __global__ void staged_copy_kernel(const __grid_constant__ Params params) {
   using Unit = typename UnitOf<kUnit>::Type;
@@ -114,7 +117,9 @@ int64_t unit_bytes(const CopyWalk& walk, const void* device, const void* host) {
   for (int32_t dim = 0; dim + 1 < walk.dims; ++dim) {
     unit = std::gcd(std::gcd(unit, walk.device_strides[dim]), walk.host_strides[dim]);
   }
-  const auto address = [](const void* pointer) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer) % 16); };
+  const auto address = [](const void* pointer) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer) % 16);
+  };
   return std::gcd(std::gcd(unit, address(device)), address(host));
 }
 
@@ -181,7 +186,8 @@ void launch_kernel(const CopyWalk& walk, void* device, void* host, cudaStream_t 
   }
 }
 
-// --- Copy engine ------------------------------------------------------------------------------------------------------
+// --- Copy engine
+// ------------------------------------------------------------------------------------------------------
 
 // Boxes for the copy engine: the innermost dimensions as far as one call takes them, the rest call by call.
 struct EnginePlan {

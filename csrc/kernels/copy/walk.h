@@ -136,7 +136,8 @@ SPLITKERN_DEVICE void scatter(const unsigned char* staged, int64_t first, int64_
   }
 }
 
-// --- On the host ------------------------------------------------------------------------------------------------------
+// --- On the host
+// ------------------------------------------------------------------------------------------------------
 
 inline Divider divider_of(int64_t divisor) {
   uint32_t log2 = 0;
@@ -152,7 +153,8 @@ inline void complete(UnitWalk& walk) {
   walk.count = 1;
   for (int32_t dim = 0; dim < walk.dims; ++dim) walk.count *= walk.extents[dim];
   walk.wide = walk.count > (int64_t{1} << 31) - 64;  // a thread may step a few indices past the end
-  for (int32_t dim = 0; dim < walk.dims && !walk.wide; ++dim) walk.dividers[dim] = divider_of(walk.extents[dim]);
+  for (int32_t dim = 0; dim < walk.dims && walk.count > 0 && !walk.wide; ++dim)
+    walk.dividers[dim] = divider_of(walk.extents[dim]);
 }
 
 }  // namespace splitkern::kernels

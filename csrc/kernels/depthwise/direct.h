@@ -9,6 +9,7 @@
 #include "../paths.h"
 #include "../plain/geometry.h"
 #include "../primitives.h"
+#include "../vector_access.h"
 
 namespace splitkern::kernels::depthwise {
 
@@ -51,12 +52,17 @@ struct Gather {
   void* destination;
 };
 
-// Whether `elements` neighbouring channels, `bytes` in all, can be accessed at once everywhere.
-inline bool takes_vectors(const void* address, const Strides4& strides, int32_t channels, int64_t elements,
+// The extents of a tensor whose rows and columns the grid's "in" or "out" bounds cut.
+inline Extents extents_in(const PatchGrid& grid, int32_t batch, int32_t channels) {
+  return {batch, channels, grid.rows.in_bounds[grid.rows.patches], grid.columns.in_bounds[grid.columns.patches]};
+}
+inline Extents extents_out(const PatchGrid& grid, int32_t batch, int32_t channels) {
+  return {batch, channels, grid.rows.out_bounds[grid.rows.patches], grid.columns.out_bounds[grid.columns.patches]};
+}
+
+inline bool takes_vectors(const void* address, const Strides4& strides, const Extents& extents, int64_t elements,
                           uintptr_t bytes) {
-  return channels % elements == 0 && strides.channel == 1 && strides.batch % elements == 0 &&
-         strides.row % elements == 0 && strides.column % elements == 0 &&
-         reinterpret_cast<uintptr_t>(address) % bytes == 0;
+  return vector_refusal("", address, strides, extents, elements, bytes).empty();
 }
 
 // --- On the device ----------------------------------------------------------------------------------------
@@ -120,6 +126,13 @@ SPLITKERN_DEVICE int64_t source_of(const WindowAxis& window, int32_t position, i
   } else {
     return position * window.stride - window.padding + tap * window.dilation;
   }
+}
+
+// A position counted from a patch's first one, in 32 bits: what lies far outside the patch stays outside.
+inline constexpr int32_t kFarAway = 1 << 30;
+SPLITKERN_DEVICE int32_t relative_to(int32_t begin, int64_t position) {
+  const int64_t relative = position - begin;
+  return static_cast<int32_t>(relative < -kFarAway || relative > kFarAway ? -kFarAway : relative);
 }
 
 // kRun destinations of a row, all in one patch.

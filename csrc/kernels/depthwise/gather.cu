@@ -2,6 +2,7 @@
 // (direct.h). Where every group is one channel a thread computes 16 bytes of channels of four neighbouring results,
 // else four channels of one group. Called through conv_paths.h. Sums run over kernel rows, kernel columns, then the
 // group's channels, in fp32.
+#include "../budgets.h"
 #include "conv.h"
 #include "direct.h"
 
@@ -11,13 +12,6 @@ namespace {
 constexpr int kGroupResults = 4;  // channels of a group that a thread computes
 constexpr int kMaxDepthwiseLanes = 32;
 constexpr int kMaxGroupedLanes = 16;
-
-// 32-bit columns relative to the patch's first source column; far outside stays outside.
-SPLITKERN_DEVICE int32_t relative_column(int64_t column, int32_t source_begin) {
-  constexpr int64_t kFar = 1 << 30;
-  const int64_t relative = column - source_begin;
-  return static_cast<int32_t>(relative < -kFar || relative > kFar ? -kFar : relative);
-}
 
 template <class T, class Conv>
 SPLITKERN_DEVICE const T* source_line(const Gather<Conv>& params, int64_t image, int32_t row, int32_t row_patch,
@@ -85,12 +79,7 @@ __global__ void depthwise_gather_kernel(const __grid_constant__ Gather<Conv> par
 #pragma unroll 1
     for (; row < row_end; ++row) {
       const int32_t row_patch = find_patch(rows.out_bounds, rows.patches, row);
-      float sums[kRun][kElements];
-#pragma unroll
-      for (int o = 0; o < kRun; ++o) {
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) sums[o][i] = bias[i];
-      }
+      float sums[kRun][kElements] = {};
 #pragma unroll 1
       for (int32_t tap_y = 0; tap_y < kernel_rows; ++tap_y) {
         const T* line = source_line<T>(params, image, row, row_patch, tap_y);
@@ -98,12 +87,12 @@ __global__ void depthwise_gather_kernel(const __grid_constant__ Gather<Conv> par
         line += channel + run.source_begin * params.source_strides.column;
         const float* const factors = weights + tap_y * kernel_columns * block_channels + lane * kElements;
         if constexpr (kKernelColumns != 0) {
-          // Columns from left to right; an input gradient meets the taps from last to first.
+          // Each result meets its taps in ascending order, as in the other kernels: an input gradient's from right to
+          // left.
           constexpr int kSpan = (kRun - 1) * kStride + kKernelColumns;
-          const int32_t first =
-              relative_column(kTransposed ? run.begin + params.column_window.padding - (kKernelColumns - 1)
-                                          : static_cast<int64_t>(run.begin) * kStride - params.column_window.padding,
-                              run.source_begin);
+          const int32_t first = relative_to(
+              run.source_begin, kTransposed ? run.begin + params.column_window.padding - (kKernelColumns - 1)
+                                            : static_cast<int64_t>(run.begin) * kStride - params.column_window.padding);
           float factor[kKernelColumns][kElements];
 #pragma unroll
           for (int tap = 0; tap < kKernelColumns; ++tap) {
@@ -112,7 +101,8 @@ __global__ void depthwise_gather_kernel(const __grid_constant__ Gather<Conv> par
             for (int i = 0; i < kElements; ++i) factor[tap][i] = factors[tap_x * block_channels + i];
           }
 #pragma unroll
-          for (int column = 0; column < kSpan; ++column) {
+          for (int step = 0; step < kSpan; ++step) {
+            const int column = kTransposed ? kSpan - 1 - step : step;
             if (static_cast<uint32_t>(first + column) >= width) continue;
             float values[kElements];
             widen<T>(values, load_global<Vector16>(line + (first + column) * params.source_strides.column));
@@ -150,7 +140,7 @@ __global__ void depthwise_gather_kernel(const __grid_constant__ Gather<Conv> par
       for (int o = 0; o < kRun; ++o) {
         if (o >= run.count) continue;
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) sums[o][i] = activate(sums[o][i], params.relu);
+        for (int i = 0; i < kElements; ++i) sums[o][i] = activate(sums[o][i] + bias[i], params.relu);
         store_global(to + o * params.destination_strides.column, narrow<T>(sums[o]));
       }
     }
@@ -365,9 +355,11 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
   }
   const bool wide = call.type == ElementType::kFloat32;
   const int32_t elements = wide ? 4 : 8;
-  plan.depthwise = call.source_channels == 1 && call.destination_channels == 1 &&
-                   takes_vectors(call.source, call.source_strides, call.groups, elements, 16) &&
-                   takes_vectors(call.destination, call.destination_strides, call.groups, elements, 16);
+  plan.depthwise =
+      call.source_channels == 1 && call.destination_channels == 1 &&
+      takes_vectors(call.source, call.source_strides, extents_in(call.grid, call.batch, call.groups), elements, 16) &&
+      takes_vectors(call.destination, call.destination_strides, extents_out(call.grid, call.batch, call.groups),
+                    elements, 16);
   int64_t lane_bytes;
   int64_t most_lanes;
   if (plan.depthwise) {
@@ -375,7 +367,8 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
     lane_bytes = taps_of(call) * elements * static_cast<int64_t>(sizeof(float));
     most_lanes = kMaxDepthwiseLanes;
   } else {
-    plan.vector_loads = takes_vectors(call.source, call.source_strides, call.source_channels, 4, wide ? 16 : 8);
+    plan.vector_loads = takes_vectors(call.source, call.source_strides,
+                                      extents_in(call.grid, call.batch, call.source_channels), 4, wide ? 16 : 8);
     const int64_t vectors =
         static_cast<int64_t>(call.groups) * ((call.destination_channels + kGroupResults - 1) / kGroupResults);
     call.vectors = static_cast<int32_t>(vectors);
@@ -383,7 +376,9 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
     most_lanes = kMaxGroupedLanes;
   }
   // Half the shared memory, so that two blocks hide each other's waiting.
-  most_lanes = std::min(most_lanes, traits.shared_memory_bytes / 2 / lane_bytes);
+  const int64_t most_bytes = plan.depthwise ? shared_budget("depthwise::depthwise_gather_kernel")
+                                            : shared_budget("depthwise::grouped_gather_kernel");
+  most_lanes = std::min(most_lanes, std::min(traits.shared_memory_bytes / 2, most_bytes) / lane_bytes);
   if (most_lanes == 0) return "the weights of a group do not fit in shared memory";
   call.lanes = even_lanes(call.vectors, most_lanes);
   if (call.vectors > static_cast<int64_t>(call.lanes) * 65535) return "there are too many channels";

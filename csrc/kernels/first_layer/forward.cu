@@ -1,6 +1,7 @@
 // Forward convolution of an input with at most four channels. A block computes 64 output channels of tiles of
 // up to 256 outputs as one matrix product whose reduction runs over the window: four taps of four channels a step.
 // Called through conv_paths.h. Inputs of any strides; outputs of any, 16 bytes at a time where they allow it.
+#include "../budgets.h"
 #include "conv.h"
 #include "tile.h"
 
@@ -133,8 +134,10 @@ SPLITKERN_DEVICE void store_output(const ForwardCall& params, const float* bias,
   }
 }
 
+// Two blocks to a multiprocessor leave 128 registers to a thread, too few for fp32 pixels on sm_90a.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) first_layer_forward_kernel(const __grid_constant__ ForwardCall params) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
+    first_layer_forward_kernel(const __grid_constant__ ForwardCall params) {
   Storage& storage = dynamic_shared<Storage>();
   const Tiles& tiles = params.tiles;
   const int32_t pixels = tiles.in_rows * tiles.pitch;
@@ -239,28 +242,26 @@ __global__ void __launch_bounds__(kThreads, 2) first_layer_forward_kernel(const 
   }
 }
 
-bool multiple_of(int64_t value, int64_t factor) {
-  return value % factor == 0;
-}
-
 std::string describe(const ConvForwardParams& params, const DeviceTraits& traits, ForwardCall& call) {
   static_cast<ConvForwardParams&>(call) = params;
   std::string refused =
       cut_tiles(params.row_window, params.column_window, params.grid, params.batch, kTilePixels, call.tiles);
   if (!refused.empty()) return refused;
   const bool wide = params.type == ElementType::kFloat32;
-  const int64_t elements = wide ? 4 : 8;  // in a 16-byte store
   call.tap_groups = static_cast<int32_t>((params.row_window.kernel * params.column_window.kernel + 3) / 4);
   call.channel_blocks = (params.out_channels + kOutChannels - 1) / kOutChannels;
   call.vector_stores =
-      params.output_strides.channel == 1 && multiple_of(params.out_channels, elements) &&
-      multiple_of(params.output_strides.batch, elements) && multiple_of(params.output_strides.row, elements) &&
-      multiple_of(params.output_strides.column, elements) && reinterpret_cast<uintptr_t>(params.output) % 16 == 0;
+      vector_refusal("output", params.output, params.output_strides,
+                     {params.batch, params.out_channels, params.grid.rows.out_bounds[params.grid.rows.patches],
+                      params.grid.columns.out_bounds[params.grid.columns.patches]},
+                     wide ? 4 : 8, 16)
+          .empty();
   const size_t bytes =
       wide ? shared_bytes<float>(call.tiles, call.tap_groups) : shared_bytes<Half>(call.tiles, call.tap_groups);
-  if (static_cast<int64_t>(bytes) > traits.shared_memory_bytes) {
-    return "a tile takes " + std::to_string(bytes) + " bytes of shared memory, the device has " +
-           std::to_string(traits.shared_memory_bytes);
+  const int64_t most_bytes =
+      std::min(traits.shared_memory_bytes, shared_budget("first_layer::first_layer_forward_kernel"));
+  if (static_cast<int64_t>(bytes) > most_bytes) {
+    return "a tile takes " + std::to_string(bytes) + " bytes of shared memory, more than " + std::to_string(most_bytes);
   }
   return {};
 }

@@ -9,6 +9,7 @@
 #include "../params.h"
 #include "../plain/geometry.h"
 #include "../primitives.h"
+#include "../vector_access.h"
 
 namespace splitkern::kernels::first_layer {
 
@@ -112,22 +113,6 @@ inline std::string common_refusal(ElementType type, bool allow_tf32, bool groupe
   if (row_window.kernel * column_window.kernel > kMaxTaps) {
     return "the window has " + std::to_string(row_window.kernel * column_window.kernel) + " positions, more than " +
            std::to_string(kMaxTaps);
-  }
-  return {};
-}
-
-// Why a tensor cannot be read `elements` channels, 16 bytes, at a time; empty where it can.
-inline std::string vector_refusal(const char* name, const void* address, const Strides4& strides, int32_t channels,
-                                  int64_t elements) {
-  if (channels % elements != 0) {
-    return std::string(name) + " has " + std::to_string(channels) + " channels, not a multiple of " +
-           std::to_string(elements);
-  }
-  if (strides.channel != 1)
-    return std::string(name) + "'s channel stride is " + std::to_string(strides.channel) + ", not 1";
-  if (strides.batch % elements != 0 || strides.row % elements != 0 || strides.column % elements != 0 ||
-      reinterpret_cast<uintptr_t>(address) % 16 != 0) {
-    return std::string(name) + "'s pixels are not aligned to 16 bytes";
   }
   return {};
 }

@@ -4,6 +4,7 @@
 // Inputs of any strides; grad_output has neighbouring channels, read 16 bytes at a time.
 #include <algorithm>
 
+#include "../budgets.h"
 #include "conv.h"
 #include "tile.h"
 
@@ -313,6 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 struct ReduceStorage {
   float sums[kReduceSlices][32];
 };
+static_assert(sizeof(ReduceStorage) <= shared_budget("first_layer::first_layer_weight_grad_reduce_kernel"));
 
 // A block adds up 32 elements: each warp every eighth share, then the warps' sums in ascending order.
 template <class T>
@@ -384,7 +386,7 @@ std::string describe_typed(const DeviceTraits& traits, WeightGradCall& call) {
     if (!refused.empty()) return refused;
     call.copy_bytes = pixel_copy_bytes<T>(call.tiles);
     bytes = shared_bytes<T>(call);
-    if (bytes <= traits.shared_memory_bytes) {
+    if (bytes <= std::min(traits.shared_memory_bytes, shared_budget("first_layer::first_layer_weight_grad_kernel"))) {
       const int32_t columns = call.product_blocks * call.channel_blocks;
       call.blocks = std::min(call.tiles.count, std::max(1, (traits.multiprocessors + columns - 1) / columns));
       return {};
@@ -422,8 +424,10 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
                      params.in_channels_per_group, params.row_window, params.column_window);
   if (!refused.empty()) return refused;
   if (params.out_channels > kOutChannels * 1024) return "there are too many output channels";
-  refused = vector_refusal("grad_output", params.grad_output, params.grad_output_strides, params.out_channels,
-                           params.type == ElementType::kFloat32 ? 4 : 8);
+  refused = vector_refusal("grad_output", params.grad_output, params.grad_output_strides,
+                           {params.batch, params.out_channels, params.grid.rows.out_bounds[params.grid.rows.patches],
+                            params.grid.columns.out_bounds[params.grid.columns.patches]},
+                           params.type == ElementType::kFloat32 ? 4 : 8, 16);
   if (!refused.empty()) return refused;
   WeightGradCall call{};
   return describe(params, traits, call);

@@ -391,44 +391,28 @@ int64_t bytes_of(const MaxPoolGatherParams& params) {
                        {"output", params.output, &params.output_strides, element_bytes(params.type)}});
 }
 
-template <class NhwcParams, class Params>
-NhwcParams with_windows(const Params& params) {
-  NhwcParams result{};
-  static_cast<Params&>(result) = params;
-  result.rows_of_window = window_of(params.row_window);
-  result.columns_of_window = window_of(params.column_window);
-  return result;
-}
-
-std::string first_of(std::initializer_list<std::string> reasons) {
-  for (const std::string& reason : reasons) {
-    if (!reason.empty()) return reason;
-  }
-  return "";
-}
-
 }  // namespace
 
 std::string refusal(const MaxPoolParams& params) {
-  return first_of({layout_refusal(params.type, {{"input", params.input, &params.input_strides, 0},
-                                                {"values", params.values, &params.values_strides, 0},
-                                                {"offsets", params.offsets, &params.offsets_strides, 0}}),
-                   window_refusal(params),
-                   extent_refusal(params, output_region(params.grid, params.batch, params.channels))});
+  return first_reason({layout_refusal(params.type, {{"input", params.input, &params.input_strides, 0},
+                                                    {"values", params.values, &params.values_strides, 0},
+                                                    {"offsets", params.offsets, &params.offsets_strides, 0}}),
+                       window_refusal(params),
+                       extent_refusal(params, output_region(params.grid, params.batch, params.channels))});
 }
 std::string refusal(const MaxPoolBackwardParams& params) {
-  return first_of({layout_refusal(params.type, {{"grad_output", params.grad_output, &params.grad_output_strides, 0},
-                                                {"offsets", params.offsets, &params.offsets_strides, 0},
-                                                {"output", params.output, &params.output_strides, 0}}),
-                   window_refusal(params),
-                   extent_refusal(params, input_region(params.grid, params.batch, params.channels))});
+  return first_reason({layout_refusal(params.type, {{"grad_output", params.grad_output, &params.grad_output_strides, 0},
+                                                    {"offsets", params.offsets, &params.offsets_strides, 0},
+                                                    {"output", params.output, &params.output_strides, 0}}),
+                       window_refusal(params),
+                       extent_refusal(params, input_region(params.grid, params.batch, params.channels))});
 }
 std::string refusal(const MaxPoolGatherParams& params) {
-  return first_of({layout_refusal(params.type, {{"input", params.input, &params.input_strides, 0},
-                                                {"offsets", params.offsets, &params.offsets_strides, 0},
-                                                {"output", params.output, &params.output_strides, 0}}),
-                   window_refusal(params),
-                   extent_refusal(params, output_region(params.grid, params.batch, params.channels))});
+  return first_reason({layout_refusal(params.type, {{"input", params.input, &params.input_strides, 0},
+                                                    {"offsets", params.offsets, &params.offsets_strides, 0},
+                                                    {"output", params.output, &params.output_strides, 0}}),
+                       window_refusal(params),
+                       extent_refusal(params, output_region(params.grid, params.batch, params.channels))});
 }
 
 void launch(const MaxPoolParams& params, cudaStream_t stream) {

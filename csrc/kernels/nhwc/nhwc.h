@@ -19,6 +19,10 @@ std::string refusal(const MaxPoolBackwardParams& params);
 std::string refusal(const MaxPoolGatherParams& params);
 std::string refusal(const AvgPoolParams& params);
 std::string refusal(const AvgPoolBackwardParams& params);
+std::string refusal(const BatchNormStatsParams& params);
+std::string refusal(const BatchNormApplyParams& params);
+std::string refusal(const BatchNormBackwardReduceParams& params);
+std::string refusal(const BatchNormBackwardApplyParams& params);
 
 // refusal(), and the reason where the plain path is forced: what the launchers go by.
 template <class Params>
@@ -32,5 +36,16 @@ void launch(const MaxPoolBackwardParams& params, cudaStream_t stream);
 void launch(const MaxPoolGatherParams& params, cudaStream_t stream);
 void launch(const AvgPoolParams& params, cudaStream_t stream);
 void launch(const AvgPoolBackwardParams& params, cudaStream_t stream);
+void launch(const BatchNormStatsParams& params, cudaStream_t stream);
+void launch_merge(const BatchNormStatsParams& params, cudaStream_t stream);
+void launch(const BatchNormApplyParams& params, cudaStream_t stream);
+void launch(const BatchNormBackwardReduceParams& params, cudaStream_t stream);
+void launch_merge(const BatchNormBackwardReduceParams& params, cudaStream_t stream);
+void launch(const BatchNormBackwardApplyParams& params, cudaStream_t stream);
+
+// The segments that these kernels want for the sums of a call whose patches have so many pixels on average.
+// The same on every device.
+int32_t segments(const BatchNormStatsParams& params, int64_t pixels);
+int32_t segments(const BatchNormBackwardReduceParams& params, int64_t pixels);
 
 }  // namespace splitkern::kernels::nhwc

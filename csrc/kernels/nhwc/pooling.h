@@ -5,37 +5,10 @@
 #include <algorithm>
 
 #include "../plain/geometry.h"
+#include "fast_divisor.h"
 #include "vectors.h"
 
 namespace splitkern::kernels::nhwc {
-
-// --- Division by a constant of the launch ---------------------------------------------------------
-
-struct FastDivisor {
-  uint32_t divisor;
-  uint32_t magic;
-  uint32_t shift;
-};
-
-// For divisors 1 .. 2^31 and numerators below 2^31: with s = ceil(log2 d) and m = floor(2^32 (2^s - d) / d) + 1,
-// n / d = (floor(n m / 2^32) + n) >> s (Granlund and Montgomery, PLDI 1994, figure 4.1).
-inline FastDivisor fast_divisor(int64_t divisor) {
-  uint32_t shift = 0;
-  while ((int64_t{1} << shift) < divisor) ++shift;
-  const uint64_t excess = (uint64_t{1} << shift) - static_cast<uint64_t>(divisor);
-  const uint64_t magic = (excess << 32) / static_cast<uint64_t>(divisor) + 1;
-  return {static_cast<uint32_t>(divisor), static_cast<uint32_t>(magic), shift};
-}
-
-SPLITKERN_DEVICE uint32_t divide(uint32_t numerator, const FastDivisor& by) {
-  const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(numerator) * by.magic) >> 32);
-  return (high + numerator) >> by.shift;
-}
-// Also for negative numerators, rounded down.
-SPLITKERN_DEVICE int32_t divide_down(int32_t numerator, const FastDivisor& by) {
-  return numerator >= 0 ? static_cast<int32_t>(divide(static_cast<uint32_t>(numerator), by))
-                        : -1 - static_cast<int32_t>(divide(static_cast<uint32_t>(-1 - numerator), by));
-}
 
 // --- Windows --------------------------------------------------------------------------------------
 
@@ -141,7 +114,7 @@ struct Tiles {
 // A thread that takes the same pixels of two parts of the channels works out once where they lie. Parts stay at least
 // 64 bytes long, and calls too small to fill a device keep all their threads.
 inline int32_t parts_of(int64_t items, int64_t vectors, int64_t bytes) {
-  constexpr int64_t kManyItems = 1 << 20;
+  constexpr int64_t kManyItems = 1 << 19;
   return items >= kManyItems && vectors % 2 == 0 && vectors / 2 * bytes >= 64 ? 2 : 1;
 }
 
@@ -227,6 +200,16 @@ template <class Params>
 std::string extent_refusal(const Params& params, const Region& region) {
   if (tiles_fit(params.batch, region.rows, region.columns, params.channels)) return "";
   return "the launch would need more than 2^31 indices";
+}
+
+// The struct of these kernels: that of the launcher, and what is worked out once per launch.
+template <class NhwcParams, class Params>
+NhwcParams with_windows(const Params& params) {
+  NhwcParams result{};
+  static_cast<Params&>(result) = params;
+  result.rows_of_window = window_of(params.row_window);
+  result.columns_of_window = window_of(params.column_window);
+  return result;
 }
 
 inline Range output_rows(const PatchGrid& grid) {

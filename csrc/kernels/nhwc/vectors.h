@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <type_traits>
 
@@ -51,6 +52,13 @@ int64_t vector_bytes(ElementType type, int32_t batch, int32_t channels, const Ve
     if (fits) return bytes;
   }
   return element;
+}
+
+inline std::string first_reason(std::initializer_list<std::string> reasons) {
+  for (const std::string& reason : reasons) {
+    if (!reason.empty()) return reason;
+  }
+  return "";
 }
 
 template <size_t kTensors>

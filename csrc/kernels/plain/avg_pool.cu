@@ -2,6 +2,7 @@
 // and patch_avg_pool2d_backward. A window is summed in row-major order and divided once.
 #include "../dispatch.h"
 #include "../launchers.h"
+#include "../nhwc/nhwc.h"
 #include "geometry.h"
 
 namespace splitkern::kernels {
@@ -98,6 +99,7 @@ __global__ void avg_pool_backward_kernel(const __grid_constant__ AvgPoolBackward
 }  // namespace
 
 void launch_avg_pool(const AvgPoolParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(output_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&avg_pool_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0, stream, params);
@@ -105,6 +107,7 @@ void launch_avg_pool(const AvgPoolParams& params, cudaStream_t stream) {
 }
 
 void launch_avg_pool_backward(const AvgPoolBackwardParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(input_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&avg_pool_backward_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0, stream,

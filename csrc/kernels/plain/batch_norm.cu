@@ -2,8 +2,10 @@
 // steps of the backward. Called by the patch_batch_norm operators. Reductions have two stages over fixed
 // shares of the pixels, so every run adds in the same order. The activation's input is rebuilt by the
 // same operations in forward and backward, so both see the same sign.
+#include "../batch_norm_arithmetic.h"
 #include "../dispatch.h"
 #include "../launchers.h"
+#include "../nhwc/nhwc.h"
 #include "geometry.h"
 
 namespace splitkern::kernels {
@@ -77,30 +79,6 @@ SPLITKERN_DEVICE void next_pixel(const PatchBox& box, Element& element) {
   ++element.batch;
 }
 
-template <class Value>
-SPLITKERN_DEVICE Value* statistic_at(const PatchStatistic& statistic, int64_t patch, int32_t channel) {
-  return static_cast<Value*>(statistic.values) + patch * statistic.patch_stride + channel * statistic.channel_stride;
-}
-
-template <class T>
-SPLITKERN_DEVICE Accumulator<T> parameter_or(const ChannelParameter& parameter, int32_t channel,
-                                             Accumulator<T> otherwise) {
-  if (parameter.values == nullptr) return otherwise;
-  if (parameter.is_float32) return static_cast<const float*>(parameter.values)[channel * parameter.stride];
-  return to_accumulator(static_cast<const T*>(parameter.values)[channel * parameter.stride]);
-}
-
-// What the activation sees.
-template <class Value>
-SPLITKERN_DEVICE Value normalise(Value input, Value mean, Value invstd, Value weight, Value bias) {
-  return multiply_add((input - mean) * invstd, weight, bias);
-}
-
-template <class Value>
-SPLITKERN_DEVICE Value masked(Value grad, Value activation_input, bool relu) {
-  return relu && activation_input <= Value(0) ? Value(0) : grad;
-}
-
 template <class T>
 __global__ void batch_norm_stats_kernel(const __grid_constant__ BatchNormStatsParams params) {
   using Value = Accumulator<T>;
@@ -172,7 +150,7 @@ __global__ void batch_norm_apply_kernel(const __grid_constant__ BatchNormApplyPa
                                               parameter_or<T>(params.weight, element.channel, 1),
                                               parameter_or<T>(params.bias, element.channel, 0));
     static_cast<T*>(params.output)[offset_of(params.output_strides, element)] =
-        from_accumulator<T>(activate(normalised, params.relu));
+        from_accumulator<T>(activated(normalised, activation_threshold<Value>(params.relu)));
   }
 }
 
@@ -193,7 +171,8 @@ __global__ void batch_norm_backward_reduce_kernel(const __grid_constant__ BatchN
       const Value value = to_accumulator(static_cast<const T*>(params.input)[offset_of(params.input_strides, element)]);
       const Value grad_output =
           to_accumulator(static_cast<const T*>(params.grad_output)[offset_of(params.grad_output_strides, element)]);
-      const Value grad = masked(grad_output, normalise(value, mean, invstd, weight, bias), params.relu);
+      const Value grad =
+          masked(grad_output, normalise(value, mean, invstd, weight, bias), activation_threshold<Value>(params.relu));
       sum_grad += grad;
       sum_grad_centered = multiply_add(grad, value - mean, sum_grad_centered);
       next_pixel(share.box, element);
@@ -239,22 +218,32 @@ __global__ void batch_norm_backward_apply_kernel(const __grid_constant__ BatchNo
     const Value value = to_accumulator(static_cast<const T*>(params.input)[offset_of(params.input_strides, element)]);
     const Value grad_output =
         to_accumulator(static_cast<const T*>(params.grad_output)[offset_of(params.grad_output_strides, element)]);
-    Value grad = masked(grad_output, normalise(value, mean, invstd, weight, bias), params.relu);
+    Value grad =
+        masked(grad_output, normalise(value, mean, invstd, weight, bias), activation_threshold<Value>(params.relu));
     if (params.sum_grad.values != nullptr) {
-      const Value pixels = static_cast<Value>(box.pixels);
-      const Value mean_grad = *statistic_at<Value>(params.sum_grad, box.patch, element.channel) / pixels;
-      const Value mean_grad_centered =
-          *statistic_at<Value>(params.sum_grad_centered, box.patch, element.channel) / pixels;
-      grad = grad - mean_grad - (value - mean) * invstd * invstd * mean_grad_centered;
+      const InputGradient<Value> of = input_gradient(
+          invstd, weight, *statistic_at<Value>(params.sum_grad, box.patch, element.channel),
+          *statistic_at<Value>(params.sum_grad_centered, box.patch, element.channel), static_cast<Value>(box.pixels));
+      grad = grad_of_input(of, grad, value - mean);
+    } else {
+      grad = weight * invstd * grad;
     }
-    static_cast<T*>(params.output)[offset_of(params.output_strides, element)] =
-        from_accumulator<T>(weight * invstd * grad);
+    static_cast<T*>(params.output)[offset_of(params.output_strides, element)] = from_accumulator<T>(grad);
   }
 }
 
 }  // namespace
 
+int32_t batch_norm_segments(const BatchNormStatsParams& params, int64_t pixels) {
+  return nhwc::choice_refusal(params).empty() ? nhwc::segments(params, pixels) : 0;
+}
+
+int32_t batch_norm_segments(const BatchNormBackwardReduceParams& params, int64_t pixels) {
+  return nhwc::choice_refusal(params).empty() ? nhwc::segments(params, pixels) : 0;
+}
+
 void launch_batch_norm_stats(const BatchNormStatsParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t shares = patch_channels(params) * params.segments;
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&batch_norm_stats_kernel<typename decltype(tag)::Type>, grid_for(shares), plain_block(), 0, stream, params);
@@ -262,6 +251,7 @@ void launch_batch_norm_stats(const BatchNormStatsParams& params, cudaStream_t st
 }
 
 void launch_batch_norm_stats_merge(const BatchNormStatsParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch_merge(params, stream);
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&batch_norm_stats_merge_kernel<typename decltype(tag)::Type>, grid_for(patch_channels(params)),
            plain_block(), 0, stream, params);
@@ -269,6 +259,7 @@ void launch_batch_norm_stats_merge(const BatchNormStatsParams& params, cudaStrea
 }
 
 void launch_batch_norm_apply(const BatchNormApplyParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(input_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&batch_norm_apply_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0, stream,
@@ -277,6 +268,7 @@ void launch_batch_norm_apply(const BatchNormApplyParams& params, cudaStream_t st
 }
 
 void launch_batch_norm_backward_reduce(const BatchNormBackwardReduceParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t shares = patch_channels(params) * params.segments;
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&batch_norm_backward_reduce_kernel<typename decltype(tag)::Type>, grid_for(shares), plain_block(), 0, stream,
@@ -285,6 +277,7 @@ void launch_batch_norm_backward_reduce(const BatchNormBackwardReduceParams& para
 }
 
 void launch_batch_norm_backward_reduce_merge(const BatchNormBackwardReduceParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch_merge(params, stream);
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&batch_norm_backward_reduce_merge_kernel<typename decltype(tag)::Type>, grid_for(patch_channels(params)),
            plain_block(), 0, stream, params);
@@ -292,6 +285,7 @@ void launch_batch_norm_backward_reduce_merge(const BatchNormBackwardReduceParams
 }
 
 void launch_batch_norm_backward_apply(const BatchNormBackwardApplyParams& params, cudaStream_t stream) {
+  if (nhwc::choice_refusal(params).empty()) return nhwc::launch(params, stream);
   const int64_t elements = region_elements(input_region(params.grid, params.batch, params.channels));
   dispatch_element_type(params.kOperator, params.type, [&](auto tag) {
     launch(&batch_norm_backward_apply_kernel<typename decltype(tag)::Type>, grid_for(elements), plain_block(), 0,

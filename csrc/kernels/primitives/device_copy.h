@@ -8,8 +8,8 @@
 
 namespace splitkern::kernels {
 
-// `depth` slices of `height` rows of `row_bytes`. Pitches are the distances of rows in bytes; slices lie so many pitches
-// apart.
+// `depth` slices of `height` rows of `row_bytes`. Pitches are the distances of rows in bytes; slices lie so many
+// pitches apart.
 struct CopyBox {
   size_t row_bytes;
   size_t height;
@@ -28,9 +28,8 @@ inline void engine_copy(const CopyBox& box, const void* from, void* to, bool to_
     return;
   }
   if (box.depth == 1) {
-    check_cuda(
-        cudaMemcpy2DAsync(to, box.to_pitch, from, box.from_pitch, box.row_bytes, box.height, kind, stream), operation,
-        where);
+    check_cuda(cudaMemcpy2DAsync(to, box.to_pitch, from, box.from_pitch, box.row_bytes, box.height, kind, stream),
+               operation, where);
     return;
   }
   cudaMemcpy3DParms copy{};

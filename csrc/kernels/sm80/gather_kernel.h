@@ -17,8 +17,8 @@ struct GatherShared {
     unsigned char weights[Tile::kColumns * kStageBytes];
   };
   struct Source {
-    int64_t offset_bytes;  // of the pixel under tap 0, inside the tensor or not
-    uint32_t taps;         // bit t: row tap t stays in the patch; bit 16 + t: column tap t does
+    int32_t vectors;  // offset of the pixel under tap 0, inside the tensor or not
+    uint32_t taps;    // bit t: row tap t stays in the patch; bit 16 + t: column tap t does
   };
   // A warp's share of the output passes through its scratch in slices of at most 128 bytes per pixel.
   static constexpr int32_t kSliceColumns = Tile::kWarpColumns * sizeof(typename Tile::T) <= 128
@@ -112,17 +112,17 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams params) {
   // One thread works out a pixel; the four that copy its vectors take the result from shared memory.
   if (thread < Tile::kRows) {
     const GatherPixel pixel = gather_pixel(params, rows, columns, first_pixel + thread);
-    shared.sources[thread] = {pixel.source_offset * kElementBytes, pixel.taps};
+    shared.sources[thread] = {static_cast<int32_t>(pixel.source_offset / Tile::kVectorElements), pixel.taps};
   }
   block_barrier();
   const int32_t vector = thread % kStageVectors;
   const int32_t first_row = thread / kStageVectors;
-  int64_t source_offsets[kSourcePasses];
+  int32_t source_vectors[kSourcePasses];
   uint32_t taps[kSourcePasses];
 #pragma unroll
   for (int32_t i = 0; i < kSourcePasses; ++i) {
     const typename Shared::Source& source = shared.sources[first_row + i * kRowsPerPass];
-    source_offsets[i] = source.offset_bytes;
+    source_vectors[i] = source.vectors;
     taps[i] = source.taps;
   }
   block_barrier();
@@ -144,29 +144,23 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams params) {
     weight_offsets[i] = (row < last_row ? row : last_row) * weight_row_bytes;
   }
 
-  // The reduction: channels fastest, then the class's column taps, then its row taps. Each thread's pixels are
-  // looked at once per tap, and then only stepped along their channels.
+  // The reduction: channels fastest, then the class's column taps, then its row taps.
   const int64_t source_column_bytes = params.columns.source_tap * params.source_strides.column * kElementBytes;
-  const int64_t source_row_bytes = params.rows.source_tap * params.source_strides.row * kElementBytes;
+  const int64_t source_row_bytes =
+      params.rows.source_tap * params.source_strides.row * kElementBytes - columns.taps * source_column_bytes;
   const int32_t weight_column_bytes = params.columns.weight_step * channel_bytes;
   const int32_t weight_row_step_bytes =
       params.rows.weight_step * params.kernel_columns * channel_bytes - columns.taps * weight_column_bytes;
   const int32_t stages = rows.taps * columns.taps * ((channel_bytes + kStageBytes - 1) / kStageBytes);
   int32_t row_tap = 0;
   int32_t column_tap = 0;
-  int64_t tap_bytes = 0;
-  int32_t channel = 0;  // bytes
-  int64_t pixel_offsets[kSourcePasses];
-  uint32_t pixels_valid = 0;
+  int32_t channel = vector * kVectorBytes;  // of this thread's vector
+  uint32_t valid = 0;                       // bit i: the tap lies in the patch of pass i's pixel
   const auto enter_tap = [&]() {
     const uint32_t tap_bits = 1u << row_tap | 0x10000u << column_tap;
-    pixels_valid = 0;
+    valid = 0;
 #pragma unroll
-    for (int32_t i = 0; i < kSourcePasses; ++i) {
-      const bool valid = (taps[i] & tap_bits) == tap_bits;
-      pixel_offsets[i] = valid ? source_offsets[i] + tap_bytes : 0;
-      pixels_valid |= valid ? 1u << i : 0u;
-    }
+    for (int32_t i = 0; i < kSourcePasses; ++i) valid |= (taps[i] & tap_bits) == tap_bits ? 1u << i : 0u;
   };
   enter_tap();
   const int32_t copy_offset = stage_offset(first_row, vector);  // passes are whole permutations apart
@@ -177,63 +171,47 @@ __global__ void gather_kernel(const __grid_constant__ GatherParams params) {
     if (unissued > 0) {
       --unissued;
       typename Shared::Stage& stage = shared.stages[write_stage];
-      const bool channel_exists = channel + vector * kVectorBytes < channel_bytes;
+      const bool channel_exists = channel < channel_bytes;
 #pragma unroll
       for (int32_t i = 0; i < kSourcePasses; ++i) {
-        copy_async<kVectorBytes>(stage.source + copy_offset + i * kRowsPerPass * kStageBytes,
-                                 source + pixel_offsets[i] + channel,
-                                 channel_exists && (pixels_valid & (1u << i)) != 0);
+        const bool exists = channel_exists && (valid & (1u << i)) != 0;
+        copy_async<kVectorBytes>(
+            stage.source + copy_offset + i * kRowsPerPass * kStageBytes,
+            exists ? source + static_cast<int64_t>(source_vectors[i]) * kVectorBytes : params.source, exists);
       }
 #pragma unroll
       for (int32_t i = 0; i < kWeightPasses; ++i) {
         copy_async<kVectorBytes>(stage.weights + copy_offset + i * kRowsPerPass * kStageBytes,
-                                 weights + weight_offsets[i] + channel, channel_exists);
+                                 weights + weight_offsets[i], channel_exists);
       }
       channel += kStageBytes;
-      if (channel >= channel_bytes) {
-        channel = 0;
-        weights += weight_column_bytes;
-        tap_bytes += source_column_bytes;
+      source += kStageBytes;
+      weights += kStageBytes;
+      if (channel - vector * kVectorBytes >= channel_bytes) {
+        const int32_t stepped = channel - vector * kVectorBytes;
+        channel -= stepped;
+        source += source_column_bytes - stepped;
+        weights += weight_column_bytes - stepped;
         if (++column_tap == columns.taps) {
           column_tap = 0;
           ++row_tap;
-          tap_bytes = row_tap * source_row_bytes;
+          source += source_row_bytes;
           weights += weight_row_step_bytes;
         }
         enter_tap();
       }
     }
-    copy_async_commit();  // empty groups keep the count of copy_async_wait right to the end
+    copy_async_commit();
     write_stage = write_stage + 1 == kStages ? 0 : write_stage + 1;
   };
 
   Accumulators<Tile> sums;
   clear(sums);
   if (stages > 0) {
-#pragma unroll
-    for (int32_t i = 0; i < kStages - 1; ++i) issue();
-    copy_async_wait<kStages - 2>();
-    block_barrier();
-    Fragments<Tile> fragments[kSteps];
-    int32_t read_stage = 0;
-    load_fragments<Tile>(fragments[0], shared.stages[0].source + warp_row * kStageBytes,
-                         shared.stages[0].weights + warp_column * kStageBytes, 0);
-    for (int32_t remaining = stages; remaining > 0; --remaining) {
-      const typename Shared::Stage& stage = shared.stages[read_stage];
-      load_fragments<Tile>(fragments[1], stage.source + warp_row * kStageBytes,
-                           stage.weights + warp_column * kStageBytes, 1);
-      issue();  // into the stage that every warp has left before the last barrier
-      multiply(sums, fragments[0]);
-      copy_async_wait<kStages - 2>();
-      block_barrier();
-      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-      // Behind the last stage this reads an old one, and nobody uses it: cheaper than a branch here.
-      const typename Shared::Stage& next = shared.stages[read_stage];
-      load_fragments<Tile>(fragments[0], next.source + warp_row * kStageBytes, next.weights + warp_column * kStageBytes,
-                           0);
-      multiply(sums, fragments[1]);
-    }
-    copy_async_wait<0>();
+    multiply_stages(sums, stages, issue, [&](Fragments<Tile>& fragments, int32_t stage, int32_t step) {
+      load_fragments<Tile>(fragments, shared.stages[stage].source + warp_row * kStageBytes,
+                           shared.stages[stage].weights + warp_column * kStageBytes, step);
+    });
     block_barrier();
   }
 

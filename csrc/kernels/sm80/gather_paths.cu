@@ -1,5 +1,6 @@
 // Forward and input gradient of the sm_80 path: from the parameters of a call to those of the gathering matrix
 // product, and the weights into the layout that it reads. Called through conv.h.
+#include "../budgets.h"
 #include "../plain/geometry.h"
 #include "conv.h"
 #include "gather.h"
@@ -35,6 +36,7 @@ template <class Bits>
 struct RepackShared {
   Bits tile[kRepackTile][kRepackTile + 1];  // one more: a column then touches every bank
 };
+static_assert(sizeof(RepackShared<uint32_t>) <= shared_budget("sm80::repack_kernel"));
 
 // One block takes a tile of rows and columns of one tap: reads along the shorter stride, writes along columns.
 template <class Bits>
@@ -242,6 +244,30 @@ std::string refuse_sizes(int64_t batch, int64_t rows, int64_t columns, const Rep
   return {};
 }
 
+// Offsets of pixels under tap 0, inside the tensor or not, are kept in 32 bits, counted in vectors.
+std::string refuse_span(const char* what, const Strides4& strides, ElementType type, int64_t batch,
+                        int64_t greatest_row, int64_t greatest_column) {
+  const double span = static_cast<double>(batch) * static_cast<double>(strides.batch) +
+                      static_cast<double>(greatest_row) * static_cast<double>(strides.row) +
+                      static_cast<double>(greatest_column) * static_cast<double>(strides.column);
+  if (span * static_cast<double>(element_bytes(type)) < 2147483648.0 * kVectorAlignment) return {};
+  return std::string(what) + ", with its padding, spans 32 GiB or more";
+}
+
+// The greatest distance from position 0 of what tap 0 of any output reads.
+int64_t greatest_position(const WindowAxis& window, const AxisPatches& patches) {
+  const int64_t first = patches.out_bounds[0] * window.stride - window.padding;
+  const int64_t last = patches.out_bounds[patches.patches] * window.stride - window.padding;
+  const int64_t before = first < 0 ? -first : first;
+  const int64_t behind = last < 0 ? -last : last;
+  return before > behind ? before : behind;
+}
+// The greatest distance from output 0 that an input counts back to, whether or not such an output exists.
+int64_t greatest_output(const WindowAxis& window, const AxisPatches& patches) {
+  const int64_t padding = window.padding < 0 ? -window.padding : window.padding;
+  return (patches.in_bounds[patches.patches] + padding + window.kernel * window.dilation) / window.stride + 1;
+}
+
 int64_t extent(const int32_t (&bounds)[kMaxPatchesPerAxis + 1], const AxisPatches& patches) {
   return bounds[patches.patches] - bounds[0];
 }
@@ -254,13 +280,16 @@ int64_t last(const int32_t (&bounds)[kMaxPatchesPerAxis + 1], const AxisPatches&
 std::string refusal(const ConvForwardParams& params, const DeviceTraits& device) {
   const AxisPatches& rows = params.grid.rows;
   const AxisPatches& columns = params.grid.columns;
-  return first_reason(refuse_device_and_type(params.type, params.allow_tf32, device, kGatherSharedBytes),
-                      refuse_channels("input channels", params.in_channels_per_group, params.type),
-                      refuse_layout("the input", params.input_strides, params.input, params.type, params.batch - 1,
-                                    last(rows.in_bounds, rows), last(columns.in_bounds, columns)),
-                      refuse_window(params),
-                      refuse_sizes(params.batch, extent(rows.out_bounds, rows), extent(columns.out_bounds, columns),
-                                   weights_of(params)));
+  return first_reason(
+      refuse_device_and_type(params.type, params.allow_tf32, device, kGatherSharedBytes),
+      refuse_channels("input channels", params.in_channels_per_group, params.type),
+      refuse_layout("the input", params.input_strides, params.input, params.type, params.batch - 1,
+                    last(rows.in_bounds, rows), last(columns.in_bounds, columns)),
+      refuse_window(params),
+      refuse_span("the input", params.input_strides, params.type, params.batch,
+                  greatest_position(params.row_window, rows), greatest_position(params.column_window, columns)),
+      refuse_sizes(params.batch, extent(rows.out_bounds, rows), extent(columns.out_bounds, columns),
+                   weights_of(params)));
 }
 
 std::string refusal(const ConvInputGradParams& params, const DeviceTraits& device) {
@@ -272,6 +301,8 @@ std::string refusal(const ConvInputGradParams& params, const DeviceTraits& devic
       refuse_layout("grad_output", params.grad_output_strides, params.grad_output, params.type, params.batch - 1,
                     last(rows.out_bounds, rows), last(columns.out_bounds, columns)),
       refuse_window(params),
+      refuse_span("grad_output", params.grad_output_strides, params.type, params.batch,
+                  greatest_output(params.row_window, rows), greatest_output(params.column_window, columns)),
       refuse_sizes(params.batch, extent(rows.in_bounds, rows), extent(columns.in_bounds, columns), weights_of(params)));
 }
 

@@ -3,8 +3,6 @@
 // Everything is counted in bytes of 16-byte vectors where it can be, so that 16-bit types and tf32 share the code.
 #pragma once
 
-#include <type_traits>
-
 #include "../primitives.h"
 
 namespace splitkern::kernels::sm80 {
@@ -30,7 +28,7 @@ struct Tile {
   static constexpr int32_t kColumnBlocks = kWarpColumns / 8;  // even, for they are loaded in pairs
   static constexpr int32_t kVectorElements = kVectorBytes / static_cast<int32_t>(sizeof(T));
   static constexpr int32_t kStageElements = kStageBytes / static_cast<int32_t>(sizeof(T));
-  static constexpr bool kTf32 = std::is_same_v<T, float>;
+  static constexpr bool kTf32 = sizeof(T) == 4;
 
   static_assert(kTf32 || sizeof(T) == 2);
   static_assert(kRows % 32 == 0 && kColumns % 32 == 0);
@@ -73,6 +71,50 @@ SPLITKERN_DEVICE void multiply(Accumulators<Tile>& sums, const Fragments<Tile>& 
       } else {
         mma_16x8x16<typename Tile::T>(sums.values[i][j], fragments.a[i], fragments.b[j]);
       }
+    }
+  }
+}
+
+// --- The main loop ----------------------------------------------------------------------------------
+
+// Adds up `stages` > 0 stages. issue() starts the copies of the next stage, as long as there are any, and commits
+// them as one group, also an empty one: the count of copy_async_wait then stays right to the end. load(fragments,
+// stage, step) takes a warp's fragments from a stage of the ring. Ends with copies done but fragments possibly being
+// read: a barrier before shared memory gets another use.
+template <class Tile, class Issue, class Load>
+SPLITKERN_DEVICE void multiply_stages(Accumulators<Tile>& sums, int32_t stages, Issue&& issue, Load&& load) {
+#pragma unroll
+  for (int32_t i = 0; i < kStages - 1; ++i) issue();
+  copy_async_wait<kStages - 2>();
+  block_barrier();
+  int32_t read_stage = 0;
+  if constexpr (Tile::kTf32) {
+    // Rounding takes registers that loading fragments ahead would need.
+    for (int32_t remaining = stages; remaining > 0; --remaining) {
+      issue();  // into the stage that every warp has left before the last barrier
+#pragma unroll
+      for (int32_t step = 0; step < kSteps; ++step) {
+        Fragments<Tile> fragments;
+        load(fragments, read_stage, step);
+        multiply(sums, fragments);
+      }
+      copy_async_wait<kStages - 2>();
+      block_barrier();
+      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+    }
+  } else {
+    Fragments<Tile> fragments[kSteps];
+    load(fragments[0], read_stage, 0);
+    for (int32_t remaining = stages; remaining > 0; --remaining) {
+      load(fragments[1], read_stage, 1);
+      issue();  // into the stage that every warp has left before the last barrier
+      multiply(sums, fragments[0]);
+      copy_async_wait<kStages - 2>();
+      block_barrier();
+      read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
+      // Behind the last stage this reads an old one, and nobody uses it: cheaper than a branch here.
+      load(fragments[0], read_stage, 0);
+      multiply(sums, fragments[1]);
     }
   }
 }

@@ -230,7 +230,7 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
       if (stage_in_group == 1 && pixel_group + 1 < group_count) find_pixels(pixel_group + 1);
       ++issued;
     }
-    copy_async_commit();  // empty groups keep the count of copy_async_wait right to the end
+    copy_async_commit();
     write_stage = write_stage + 1 == kStages ? 0 : write_stage + 1;
   };
 
@@ -239,44 +239,10 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
   if (stages > 0) {
     find_pixels(0);
     block_barrier();
-#pragma unroll
-    for (int32_t i = 0; i < kStages - 1; ++i) issue();
-    copy_async_wait<kStages - 2>();
-    block_barrier();
-    int32_t read_stage = 0;
-    if constexpr (Tile::kTf32) {
-      // Fragments gathered element by element take too many registers to load them ahead.
-      for (int32_t remaining = stages; remaining > 0; --remaining) {
-        const typename Shared::Stage& stage = shared.stages[read_stage];
-        issue();  // into the stage that every warp has left before the last barrier
-#pragma unroll
-        for (int32_t step = 0; step < kSteps; ++step) {
-          Fragments<Tile> fragments;
-          load_fragments_transposed<Tile>(fragments, stage.grad_output, stage.input, warp_row, warp_column, step);
-          multiply(sums, fragments);
-        }
-        copy_async_wait<kStages - 2>();
-        block_barrier();
-        read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-      }
-    } else {
-      Fragments<Tile> fragments[kSteps];
-      load_fragments_transposed<Tile>(fragments[0], shared.stages[0].grad_output, shared.stages[0].input, warp_row,
-                                      warp_column, 0);
-      for (int32_t remaining = stages; remaining > 0; --remaining) {
-        const typename Shared::Stage& stage = shared.stages[read_stage];
-        load_fragments_transposed<Tile>(fragments[1], stage.grad_output, stage.input, warp_row, warp_column, 1);
-        issue();  // into the stage that every warp has left before the last barrier
-        multiply(sums, fragments[0]);
-        copy_async_wait<kStages - 2>();
-        block_barrier();
-        read_stage = read_stage + 1 == kStages ? 0 : read_stage + 1;
-        // Behind the last stage this reads an old one, and nobody uses it: cheaper than a branch here.
-        const typename Shared::Stage& next = shared.stages[read_stage];
-        load_fragments_transposed<Tile>(fragments[0], next.grad_output, next.input, warp_row, warp_column, 0);
-        multiply(sums, fragments[1]);
-      }
-    }
+    multiply_stages(sums, stages, issue, [&](Fragments<Tile>& fragments, int32_t stage, int32_t step) {
+      load_fragments_transposed<Tile>(fragments, shared.stages[stage].grad_output, shared.stages[stage].input, warp_row,
+                                      warp_column, step);
+    });
   }
 
   float* partial_sums =

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../budgets.h"
 #include "block.h"
 #include "conv.h"
 #include "geometry.h"
@@ -323,7 +324,7 @@ template <class Traits>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     conv_gemm_kernel(const __grid_constant__ GemmParams<Traits::kInputGrad> params) {
   using Shared = GemmShared<Traits>;
-  static_assert(sizeof(Shared) <= kSharedBytes);
+  static_assert(sizeof(Shared) <= shared_budget("sm90::conv_gemm_kernel"));
   Shared& shared = dynamic_shared<Shared>();
   if (thread_index() == 0) barrier_init(shared.lead, 1);
   init_ring<Shared, Traits::kStages>(shared);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 #include "conv_weight_grad_kernel.h"
 #include "refusals.h"
@@ -19,6 +20,7 @@ constexpr int kReduceTaps = 16;  // of a block at most
 struct ReduceShared {
   uint16_t elements[64][kReduceTaps + 1];
 };
+static_assert(sizeof(ReduceShared) <= shared_budget("sm90::weight_grad_reduce_kernel"));
 
 // A block sums 64 in-channels of one out channel; reads follow the channels, writes follow the taps, the fastest index
 // of an OIHW weight.

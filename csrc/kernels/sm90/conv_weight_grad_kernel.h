@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "../budgets.h"
 #include "block.h"
 #include "conv.h"
 #include "geometry.h"
@@ -218,7 +219,7 @@ template <class Traits>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     conv_weight_grad_kernel(const __grid_constant__ WeightGradParams params) {
   using Shared = WeightGradShared<Traits>;
-  static_assert(sizeof(Shared) <= kSharedBytes);
+  static_assert(sizeof(Shared) <= shared_budget("sm90::conv_weight_grad_kernel"));
   Shared& shared = dynamic_shared<Shared>();
   init_ring<Shared, Traits::kStages>(shared);
   const uint32_t warp = warp_index();

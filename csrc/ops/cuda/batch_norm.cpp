@@ -32,6 +32,15 @@ kernels::ChannelParameter parameter(const OptionalTensor& tensor) {
   return {tensor->stride(0), tensor->const_data_ptr(), tensor->scalar_type() == torch::headeronly::ScalarType::Float};
 }
 
+// As many as the kernels that will take the call want: there are `results` sums of `pixels` terms on average.
+template <class Params>
+int32_t segments(Params params, const Bounds& bounds, int64_t results, int64_t pixels) {
+  params.segments = 1;
+  params.grid = patch_grids(params.kOperator, bounds)[0];
+  const int32_t wanted = kernels::batch_norm_segments(params, pixels);
+  return wanted > 0 ? wanted : reduction_segments(results, pixels);
+}
+
 // `invstd` and `eps` are for the one operator that wants the inverse deviation as well.
 void run_stats(const Tensor& input, const BatchNormCall& call, const Tensor& mean, const Tensor& m2,
                const OptionalTensor& invstd = std::nullopt, double eps = 0) {
@@ -43,7 +52,7 @@ void run_stats(const Tensor& input, const BatchNormCall& call, const Tensor& mea
   params.m2 = statistic(m2);
   params.eps = eps;
   if (invstd.has_value()) params.invstd = statistic(*invstd);
-  params.segments = reduction_segments(mean.numel(), input.numel() / mean.numel());
+  params.segments = segments(params, call.bounds, mean.numel(), input.numel() / mean.numel());
   const int64_t partials = params.segments * mean.numel();
   const Tensor partial_mean = new_workspace(input, partials);
   const Tensor partial_m2 = new_workspace(input, partials);
@@ -91,7 +100,7 @@ void run_backward_reduce(const Tensor& grad_output, const Tensor& input, const T
   params.weight = parameter(weight);
   params.bias = parameter(bias);
   params.grad_output = grad_output.const_data_ptr();
-  params.segments = reduction_segments(mean.numel(), input.numel() / mean.numel());
+  params.segments = segments(params, call.bounds, mean.numel(), input.numel() / mean.numel());
   const int64_t partials = params.segments * mean.numel();
   const Tensor partial_sum_grad = new_workspace(input, partials);
   const Tensor partial_sum_grad_centered = new_workspace(input, partials);

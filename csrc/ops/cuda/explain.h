@@ -1,5 +1,5 @@
-// Which path a convolution would take, from plain numbers: no tensor and no device. `splitkern doctor --explain`
-// calls it through ctypes; splitkern/cli/explain.py has the twin of the struct.
+// Which kernels a convolution or a pooling would take, from plain numbers: no tensor and no device. `splitkern doctor
+// --explain` calls it through ctypes; splitkern/cli/explain.py has the twins of the structs.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +30,30 @@ struct SplitkernConvQuestion {
   const int64_t* out_columns;
 };
 
-// Writes "path\nworkspace bytes\nreason" and returns 0, or writes what is wrong with the question and returns 1.
+struct SplitkernPoolQuestion {
+  int32_t average;  // 0: maximum
+  int32_t pass;     // 0 forward, 1 backward
+  int32_t type;     // of kernels::ElementType
+  int32_t channels_last;
+  int64_t input_size[4];
+  int64_t kernel[2];
+  int64_t stride[2];
+  int64_t padding[2];
+  int64_t dilation[2];
+  int64_t row_patches;
+  int64_t column_patches;
+  const int64_t* in_rows;
+  const int64_t* out_rows;
+  const int64_t* in_columns;
+  const int64_t* out_columns;
+};
+
+// Both write "path\nworkspace bytes\nreason" and return 0, or write what is wrong with the question and return 1.
 // The text is cut to `size_bytes`, its terminating zero included.
 __attribute__((visibility("default"))) int splitkern_explain_conv2d(const SplitkernConvQuestion* question, char* text,
+                                                                    int64_t size_bytes);
+
+__attribute__((visibility("default"))) int splitkern_explain_pool2d(const SplitkernPoolQuestion* question, char* text,
                                                                     int64_t size_bytes);
 
 }  // extern "C"

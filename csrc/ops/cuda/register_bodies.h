@@ -35,6 +35,12 @@ inline void register_bodies(torch::stable::detail::StableLibrary& library) {
   SPLITKERN_BODY(library, "patch_batch_norm_backward_reduce.out", patch_batch_norm_backward_reduce_out);
   SPLITKERN_BODY(library, "patch_batch_norm_backward_apply", patch_batch_norm_backward_apply);
   SPLITKERN_BODY(library, "patch_batch_norm_backward_apply.out", patch_batch_norm_backward_apply_out);
+  SPLITKERN_BODY(library, "offload", offload);
+  SPLITKERN_BODY(library, "offload.by", offload_by);
+  SPLITKERN_BODY(library, "prefetch", prefetch);
+  SPLITKERN_BODY(library, "prefetch.by", prefetch_by);
+  SPLITKERN_BODY(library, "offload_compressed", offload_compressed);
+  SPLITKERN_BODY(library, "prefetch_compressed", prefetch_compressed);
 }
 
 }  // namespace splitkern::cuda

@@ -1,11 +1,11 @@
-// Tensor maps and the tensor memory accelerator of host execution (primitives/host_hopper.h): loads gather and
+// Tensor maps and the tensor memory accelerator of host execution (../primitives/host_hopper.h): loads gather and
 // stores scatter with the arguments of the map, at a time of the scheduler's choosing. Until then the destination
 // of a load holds poison. Loads reach both what threads and what the asynchronous proxy sees of shared memory;
 // stores read the latter.
 #include <algorithm>
 #include <cstring>
 
-#include "primitives/extension.h"
+#include "extension.h"
 #include "race.h"
 
 namespace splitkern::kernels {

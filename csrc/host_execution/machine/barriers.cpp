@@ -1,5 +1,5 @@
-// Barriers with arrivals and transaction bytes of host execution (primitives/host_hopper.h).
-#include "primitives/extension.h"
+// Barriers with arrivals and transaction bytes of host execution (../primitives/host_hopper.h).
+#include "extension.h"
 #include "race.h"
 
 namespace splitkern::host {

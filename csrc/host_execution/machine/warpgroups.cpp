@@ -1,9 +1,9 @@
-// Warpgroup products of host execution (primitives/host_hopper.h). A product is complete when all 128 threads have
+// Warpgroup products of host execution (../primitives/host_hopper.h). A product is complete when all 128 threads have
 // issued it, runs later, after the warpgroup's earlier ones, and reads what the asynchronous proxy sees of shared
 // memory. Its sums lie with the machine until a wait returns them; the threads' own registers hold poison.
 #include <algorithm>
 
-#include "primitives/extension.h"
+#include "extension.h"
 #include "race.h"
 
 namespace splitkern::host {

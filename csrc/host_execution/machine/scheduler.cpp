@@ -1,8 +1,8 @@
-// The scheduler of host execution (primitives/machine.h): each CUDA thread is a fiber, a cluster of blocks
+// The scheduler of host execution (../primitives/machine.h): each CUDA thread is a fiber, a cluster of blocks
 // runs at a time, and always the ready thread of highest priority goes on. Priorities are drawn per warp and
 // change now and then, so that some warps starve while others run far ahead: the order in which a missing
 // barrier shows. Threads that never wait share one fiber and cost little more than a function call.
-#include "primitives/machine.h"
+#include "../primitives/machine.h"
 
 #include <sys/mman.h>
 
@@ -13,7 +13,7 @@
 #include <exception>
 #include <utility>
 
-#include "primitives/extension.h"
+#include "extension.h"
 #include "race.h"
 
 #ifndef __x86_64__

@@ -1,5 +1,5 @@
 // Asynchronous work in flight: of one thread, and of one block. Used by the files of host execution that implement
-// asynchronous primitives; machine.cpp owns the objects, makes them where they are first asked for and drops them
+// asynchronous primitives; scheduler.cpp owns the objects, makes them where they are first asked for and drops them
 // with the cluster.
 #pragma once
 
@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "host_hopper.h"
+#include "../primitives/host_hopper.h"
 
 namespace splitkern::host {
 

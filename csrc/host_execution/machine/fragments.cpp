@@ -1,7 +1,7 @@
-// Asynchronous copies, matrix fragments and warp-wide products of host execution (primitives/host_mma.h).
+// Asynchronous copies, matrix fragments and warp-wide products of host execution (../primitives/host_mma.h).
 // A fragment instruction is a meeting of the warp; each lane reads or writes the row that it names by itself, at
 // its own time, so that a missing barrier between lanes shows as well.
-#include "primitives/extension.h"
+#include "extension.h"
 #include "race.h"
 
 namespace splitkern::host {
