@@ -67,13 +67,17 @@ inline constexpr KernelBudget kBudgets[] = {
     {"batch_norm_backward_reduce_merge_kernel", "all", 40, 0, ""},
     {"batch_norm_stats_kernel", "all", 64, 0, ""},
     {"batch_norm_stats_merge_kernel", "all", 64, 0, ""},
+    {"compress_kernel", "all", 80, 73728, ""},
     {"conv_forward_kernel", "all", 72, 0, ""},
     {"conv_input_grad_kernel", "all", 64, 0, ""},
     {"conv_weight_grad_kernel", "all", 56, 0, ""},
     {"conv_weight_grad_reduce_kernel", "all", 48, 0, ""},
+    {"copy_kernel", "all", 56, 0, ""},
+    {"decompress_kernel", "all", 80, 73728, ""},
     {"max_pool_backward_kernel", "all", 72, 0, ""},
     {"max_pool_gather_kernel", "all", 48, 0, ""},
     {"max_pool_kernel", "all", 56, 0, ""},
+    {"staged_copy_kernel", "all", 56, 65536, ""},
 };
 // clang-format on
 
