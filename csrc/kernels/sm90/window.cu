@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 
 namespace splitkern::kernels::sm90 {
@@ -50,7 +51,7 @@ struct WindowParams {
   const void* bias;
   bool relu;
 };
-static_assert(sizeof(WindowParams<false>) <= 32764, "kernel parameters are limited to 32764 bytes");
+static_assert(sizeof(WindowParams<false>) <= kMaxParamsBytes);
 
 // kWide: both warpgroups multiply the same pixels, each with 64 of 128 output channels. Else both have the same 64
 // output channels, and the second takes the rows below the first one's.
@@ -309,7 +310,7 @@ struct ResidentStorage {
   Barrier box_empty[kResidentBoxes];
   Barrier weights_full;
 };
-static_assert(sizeof(ResidentStorage) <= kSharedBytes);
+static_assert(sizeof(ResidentStorage) <= shared_budget("sm90::resident_window_kernel"));
 
 template <bool kInputGrad>
 SPLITKERN_DEVICE void produce_resident(const WindowParams<kInputGrad>& params, ResidentStorage& shared) {
@@ -538,7 +539,7 @@ Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems, int
 
 template <class T, class Tile, bool kInputGrad>
 void launch_tiles(const WindowParams<kInputGrad>& params, int32_t multiprocessors, cudaStream_t stream) {
-  static_assert(sizeof(Storage<Tile>) <= kSharedBytes);
+  static_assert(sizeof(Storage<Tile>) <= shared_budget("sm90::window_kernel"));
   const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
   kernels::launch(&window_kernel<T, Tile, kInputGrad>, Dim3{blocks, 1u, 1u}, Dim3{kBlockThreads, 1u, 1u},
                   sizeof(Storage<Tile>), stream, params);

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 #include "conv_gemm.h"
 #include "partial_sums.h"
@@ -53,7 +54,7 @@ struct Storage {
   Barrier full[kStages];
   Barrier empty[kStages];
 };
-static_assert(sizeof(Storage) <= kSharedBytes);
+static_assert(sizeof(Storage) <= shared_budget("sm90::window_weight_grad_kernel"));
 
 struct Chunk {
   int32_t problem = 0;
