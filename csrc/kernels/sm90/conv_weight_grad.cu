@@ -120,14 +120,22 @@ std::vector<Part> parts_of(const ConvWeightGradParams& params, int32_t pixels_pe
   return parts;
 }
 
-// The tile and the segments with the least predicted time: whole waves of items, each as long as the slowest of
-// products, shared-memory and L2 traffic, plus what writing, reading and adding the partial sums costs.
+// The tile and the segments with the least predicted time: whole waves of items, beside them what is moved to and from
+// memory, then what writing, reading and adding the partial sums costs. Fitted to the same measurements as the tiles.
 Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
-  constexpr double kMultipliesPerCycle = 2048;
-  constexpr double kSharedBytesPerCycle = 128;
-  constexpr double kL2BytesPerCycle = 40;
-  constexpr double kCyclesPerItem = 3000;        // filling the pipeline and writing the sums
-  constexpr double kReduceBytesPerCycle = 2000;  // of the whole device
+  constexpr double kL2BytesPerCycle = 48;        // of one multiprocessor, all of them reading
+  constexpr double kCyclesPerItem = 2000;        // filling the pipeline and writing the sums
+  constexpr double kReduceBytesPerCycle = 1590;  // of the whole device
+  constexpr double kMemoryBytesPerCycle = 1260;
+  constexpr double kOverlap = 2.7;  // see predicted_cycles
+  const PatchGrid& grid = params.grid;
+  const double moving =
+      kElementBytes * params.batch *
+      (static_cast<double>(grid.rows.out_bounds[grid.rows.patches] - grid.rows.out_bounds[0]) *
+           (grid.columns.out_bounds[grid.columns.patches] - grid.columns.out_bounds[0]) * params.out_channels +
+       static_cast<double>(grid.rows.in_bounds[grid.rows.patches] - grid.rows.in_bounds[0]) *
+           (grid.columns.in_bounds[grid.columns.patches] - grid.columns.in_bounds[0]) * params.in_channels_per_group) /
+      kMemoryBytesPerCycle;
   const int32_t blocks = taps_of(params) * static_cast<int32_t>(ceil_divide(params.in_channels_per_group, 64));
   const double sum_bytes = 4.0 * params.out_channels * taps_of(params) * params.in_channels_per_group;
   Plan best{};
@@ -144,9 +152,7 @@ Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
     const double loaded = (ceil_divide(params.out_channels, 64) * 1.0 / plan.row_tiles +
                            static_cast<double>(blocks) / plan.column_tiles) *
                           128 * stage_pixels;
-    const double read = (tile.split_reduction ? 1 : 2) * (64 + tile.blocks * 64) * 2.0 * stage_pixels;
-    const double cycles_per_chunk = std::max({tile.out_channels * tile.blocks * 64 * stage_pixels / kMultipliesPerCycle,
-                                              (loaded + read) / kSharedBytesPerCycle, loaded / kL2BytesPerCycle});
+    const double cycles_per_chunk = std::max(tile.cycles_per_stage, loaded / kL2BytesPerCycle);
     double total = 0;
     for (Part& part : plan.parts) {
       double part_cycles = 0;
@@ -155,9 +161,11 @@ Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
         segments = std::min(segments, part.chunks);
         if (tuning().weight_grad_segments > 0) segments = std::min(tuning().weight_grad_segments, part.chunks);
         const double rounds = static_cast<double>(ceil_divide(static_cast<int64_t>(tiles) * segments, multiprocessors));
-        const double cycles =
-            rounds * (static_cast<double>(ceil_divide(part.chunks, segments)) * cycles_per_chunk + kCyclesPerItem) +
-            2.0 * segments * sums_per_segment(tile) * sum_bytes / kReduceBytesPerCycle;
+        const double products =
+            rounds * (static_cast<double>(ceil_divide(part.chunks, segments)) * cycles_per_chunk + kCyclesPerItem);
+        const double parts_share = moving / static_cast<double>(plan.parts.size());
+        const double cycles = std::pow(std::pow(products, kOverlap) + std::pow(parts_share, kOverlap), 1 / kOverlap) +
+                              2.0 * segments * sums_per_segment(tile) * sum_bytes / kReduceBytesPerCycle;
         if (waves == 1 || cycles < part_cycles) {
           part_cycles = cycles;
           part.segments = segments;
@@ -230,7 +238,7 @@ bool takes_window_kernel(const ConvWeightGradParams& params, const DeviceTraits&
   if (tuning().window == 0 || tuning().weight_grad_tile >= 0) return false;
   const std::optional<double> cycles = window_weight_grad_cycles(params, traits);
   if (!cycles.has_value()) return false;
-  return tuning().window == 1 || 1.2 * *cycles + 45000 < 1.15 * plan_of(params, traits.multiprocessors).cycles;
+  return tuning().window == 1 || 1.2 * *cycles + 14000 < plan_of(params, traits.multiprocessors).cycles;
 }
 
 }  // namespace
