@@ -27,6 +27,7 @@ static_assert(sizeof(ReduceShared) <= shared_budget("sm90::weight_grad_reduce_ke
 template <class T>
 __global__ void weight_grad_reduce_kernel(const __grid_constant__ WeightGradReduceParams params) {
   ReduceShared& shared = dynamic_shared<ReduceShared>();
+  wait_for_previous_kernel();
   const int32_t thread = static_cast<int32_t>(thread_index());
   const int32_t out_channel = static_cast<int32_t>(block_index().x);
   const int32_t first_channel = static_cast<int32_t>(block_index().y) * 64;
@@ -308,8 +309,8 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
                   static_cast<unsigned>(ceil_divide(reduce.in_channels, 64)),
                   static_cast<unsigned>(ceil_divide(reduce.taps, reduce.taps_per_block))};
   const auto launch_reduce = [&](auto tag) {
-    kernels::launch(&weight_grad_reduce_kernel<typename decltype(tag)::Type>, grid, Dim3{kReduceThreads, 1, 1},
-                    sizeof(ReduceShared), stream, reduce);
+    launch_following(&weight_grad_reduce_kernel<typename decltype(tag)::Type>, grid, Dim3{kReduceThreads, 1, 1},
+                     sizeof(ReduceShared), stream, reduce);
   };
   if (params.type == ElementType::kFloat16) {
     launch_reduce(TypeTag<Half>{});

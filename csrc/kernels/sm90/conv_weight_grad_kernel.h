@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   using Shared = WeightGradShared<Traits>;
   static_assert(sizeof(Shared) <= shared_budget("sm90::conv_weight_grad_kernel"));
   Shared& shared = dynamic_shared<Shared>();
+  allow_next_kernel();
   init_ring<Shared, Traits::kStages>(shared);
   const uint32_t warp = warp_index();
   if (warp < kWarpgroupThreads / kWarpThreads) {

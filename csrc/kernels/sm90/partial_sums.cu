@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kReduceThreads) partial_sums_kernel(const __gr
   };
   static_assert(sizeof(Sums) <= shared_budget("sm90::partial_sums_kernel"));
   Sums& shared = dynamic_shared<Sums>();
+  wait_for_previous_kernel();
   const int32_t vector = static_cast<int32_t>(thread_index()) % kVectors;
   const int32_t group = static_cast<int32_t>(thread_index()) / kVectors;
   const PartialSums& partial_sums = params.partial_sums;
@@ -96,8 +97,8 @@ void launch_groups(const ReduceParams& params, ElementType type, cudaStream_t st
   const int64_t vectors = int64_t{params.out_channels} * params.partial_sums.units * (kUnitChannels / 4);
   const Dim3 grid{static_cast<unsigned>((vectors + kVectors - 1) / kVectors), 1u, 1u};
   dispatch_half_type(params.kOperator, type, [&](auto tag) {
-    kernels::launch(&partial_sums_kernel<typename decltype(tag)::Type, kGroups>, grid, Dim3{kReduceThreads, 1u, 1u},
-                    sizeof(float) * 4 * kReduceThreads, stream, params);
+    launch_following(&partial_sums_kernel<typename decltype(tag)::Type, kGroups>, grid, Dim3{kReduceThreads, 1u, 1u},
+                     sizeof(float) * 4 * kReduceThreads, stream, params);
   });
 }
 

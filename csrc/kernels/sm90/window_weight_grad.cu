@@ -157,6 +157,7 @@ template <class T>
 __global__ void __launch_bounds__(kWindowThreads, 1)
     window_weight_grad_kernel(const __grid_constant__ WindowGradParams params) {
   Storage& shared = dynamic_shared<Storage>();
+  allow_next_kernel();
   // The last taps read a few pixels past a box; what stands there meets zeros, and must be a number for that.
   for (int32_t i = static_cast<int32_t>(thread_index()); i < kStages * kStageBytes / 16; i += kWindowThreads) {
     reinterpret_cast<Vector16*>(&shared.stages[0][0])[i] = Vector16{{0, 0, 0, 0}};
