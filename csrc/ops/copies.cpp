@@ -110,6 +110,9 @@ kernels::CompressParams check_compressed(const char* operation, const Tensor& de
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(host.const_data_ptr()) % 16 == 0, operation, ": ", host_argument,
                   " must begin at a multiple of 16 bytes, got storage offset ", host.storage_offset());
 
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(device.const_data_ptr()) % element_size == 0, operation, ": ",
+                  device_argument, " must begin at a multiple of its element size ", element_size);
+
   std::vector<int32_t> order;
   for (int32_t dim = 0; dim < static_cast<int32_t>(device.dim()); ++dim) order.push_back(dim);
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
