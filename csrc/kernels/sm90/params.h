@@ -48,6 +48,7 @@ struct GemmParams {
   int32_t channel_tiles;
   int32_t reduction_blocks;  // of 64 reduction channels
   int32_t kernel_columns;
+  int32_t lag;  // see GemmTile
   bool relu;
   int64_t bias_stride;
   const void* bias;  // null: none

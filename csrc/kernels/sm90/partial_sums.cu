@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 
 namespace splitkern::kernels::sm90 {
@@ -24,12 +25,14 @@ struct ReduceParams {
 // kGroups neighbours in a block share one vector of four columns: each adds every kGroups-th partial sum, then
 // the first adds theirs in order.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const __grid_constant__ ReduceParams params) {
+__global__ void __launch_bounds__(kReduceThreads) partial_sums_kernel(const __grid_constant__ ReduceParams params) {
   constexpr int32_t kVectors = kReduceThreads / kGroups;
   struct Sums {
     float values[kGroups][kVectors][4];
   };
+  static_assert(sizeof(Sums) <= shared_budget("sm90::partial_sums_kernel"));
   Sums& shared = dynamic_shared<Sums>();
+  wait_for_previous_kernel();
   const int32_t vector = static_cast<int32_t>(thread_index()) % kVectors;
   const int32_t group = static_cast<int32_t>(thread_index()) / kVectors;
   const PartialSums& partial_sums = params.partial_sums;
@@ -94,8 +97,8 @@ void launch_groups(const ReduceParams& params, ElementType type, cudaStream_t st
   const int64_t vectors = int64_t{params.out_channels} * params.partial_sums.units * (kUnitChannels / 4);
   const Dim3 grid{static_cast<unsigned>((vectors + kVectors - 1) / kVectors), 1u, 1u};
   dispatch_half_type(params.kOperator, type, [&](auto tag) {
-    kernels::launch(&reduce_kernel<typename decltype(tag)::Type, kGroups>, grid, Dim3{kReduceThreads, 1u, 1u},
-                    sizeof(float) * 4 * kReduceThreads, stream, params);
+    launch_following(&partial_sums_kernel<typename decltype(tag)::Type, kGroups>, grid, Dim3{kReduceThreads, 1u, 1u},
+                     sizeof(float) * 4 * kReduceThreads, stream, params);
   });
 }
 

@@ -3,16 +3,20 @@
 // product's columns may begin at any pixel. Only the weights, [64 or 128 channels x 64], stream through per tap.
 // Products are computed for whole rows of the box: the last columns of a row mix two rows of pixels, and the store,
 // whose map ends at the patch's border, drops them. Zeros beyond a patch come from the loads, whose maps end there.
+// Where 64 channels go in and at most 64 come out, all taps' weights stay in shared memory, and the two warpgroups take
+// boxes in turns: one multiplies while the other stores.
 #include "window.h"
 
 #include <algorithm>
+#include <limits>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 
 namespace splitkern::kernels::sm90 {
 namespace {
 
-constexpr int32_t kMaxProblems = 112;
+constexpr int32_t kMaxProblems = kMaxSubProblems;
 constexpr int32_t kChannels = 64;  // of the reduction per step: 128 bytes
 constexpr int32_t kPixelBytes = kChannels * 2;
 
@@ -47,7 +51,7 @@ struct WindowParams {
   const void* bias;
   bool relu;
 };
-static_assert(sizeof(WindowParams<false>) <= 32764, "kernel parameters are limited to 32764 bytes");
+static_assert(sizeof(WindowParams<false>) <= kMaxParamsBytes);
 
 // kWide: both warpgroups multiply the same pixels, each with 64 of 128 output channels. Else both have the same 64
 // output channels, and the second takes the rows below the first one's.
@@ -56,6 +60,7 @@ struct Tile {
   static constexpr bool kWide = kWideValue;
   static constexpr int kColumns = kColumnsValue;  // pixels of one product
   static constexpr int kWeightBlocks = kWide ? 2 : 1;
+  static constexpr int kGroups = kWide ? 1 : 2;  // that stack their rows in a tile
   static constexpr int kStages = !kWide || kColumns <= 216 ? 5 : 4;
   // A wide tile stages its outputs beside the operand, a narrow one in the operand's place.
   static constexpr int kStagingBytes = kWide ? kColumns * kPixelBytes : 1024;
@@ -85,7 +90,7 @@ struct Place {
 };
 
 // Problems come in ascending order of tiles, so the search goes on from the last one.
-template <class Tile, class Params>
+template <int kGroups, class Params>
 SPLITKERN_DEVICE Place place_of(const Params& params, int32_t tile, int32_t problem) {
   Place place;
   const int32_t pixels = tile / params.channel_tiles;
@@ -95,7 +100,7 @@ SPLITKERN_DEVICE Place place_of(const Params& params, int32_t tile, int32_t prob
   const auto& box = params.problems[problem];
   const int32_t local = pixels - box.tile_begin;
   place.image = local / box.row_tiles;
-  place.row = (local - place.image * box.row_tiles) * box.group_rows * (Tile::kWide ? 1 : 2);
+  place.row = (local - place.image * box.row_tiles) * box.group_rows * kGroups;
   return place;
 }
 
@@ -106,7 +111,7 @@ SPLITKERN_DEVICE void produce(const WindowParams<kInputGrad>& params, Storage<Ti
   int32_t problem = 0;
   for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles;
        tile += static_cast<int32_t>(grid_extent().x)) {
-    const Place place = place_of<Tile>(params, tile, problem);
+    const Place place = place_of<Tile::kGroups>(params, tile, problem);
     problem = place.problem;
     const auto& box = params.problems[problem];
     const int32_t first_channel = place.channel_tile * Tile::kWeightBlocks * kChannels;
@@ -150,12 +155,38 @@ SPLITKERN_DEVICE void pack_block(const float* sums, float bias_low, float bias_h
   high = pack2<T>(values[2], values[3]);
 }
 
+// A warpgroup's product, 64 channels from `first_channel` on, to [pixel][64 channels] with swizzled 16-byte chunks.
+template <class T, int kColumns, class Params>
+SPLITKERN_DEVICE void stage_outputs(const Params& params, const float (&sums)[kColumns / 2], int32_t first_channel,
+                                    int32_t thread, unsigned char* staging) {
+  const int32_t warp = thread / 32;
+  const int32_t lane = thread % 32;
+  float bias_low = 0;
+  float bias_high = 0;
+  if (params.bias != nullptr) {
+    const int32_t channel = first_channel + 16 * warp + lane / 4;
+    const T* bias = static_cast<const T*>(params.bias);
+    if (channel < params.output_channels) bias_low = to_accumulator(bias[channel * params.bias_stride]);
+    if (channel + 8 < params.output_channels) bias_high = to_accumulator(bias[(channel + 8) * params.bias_stride]);
+  }
+  // Matrix m of a store: channels 8 * (m % 2) of the warp's 16, pixels 8 * (m / 2).
+  const int32_t chunk = 2 * warp + lane / 8 % 2;
+#pragma unroll
+  for (int block = 0; block < kColumns / 8; block += 2) {
+    constexpr int kBlocks = kColumns / 8;
+    const int second = block + 1 < kBlocks ? block + 1 : block;  // an odd last block is stored twice
+    uint32_t registers[4];
+    pack_block<T>(sums + 4 * block, bias_low, bias_high, params.relu, registers[0], registers[1]);
+    pack_block<T>(sums + 4 * second, bias_low, bias_high, params.relu, registers[2], registers[3]);
+    const int32_t pixel = 8 * (lane / 16 == 0 ? block : second) + lane % 8;
+    store_matrix_x4_transposed(staging + pixel * kPixelBytes + (chunk ^ (pixel & 7)) * 16, registers);
+  }
+}
+
 template <class T, class Tile, bool kInputGrad>
 SPLITKERN_DEVICE void multiply(const WindowParams<kInputGrad>& params, Storage<Tile>& shared, int32_t group) {
   constexpr int32_t kColumns = Tile::kColumns;
   const int32_t thread = static_cast<int32_t>(thread_index()) % 128;
-  const int32_t warp = thread / 32;
-  const int32_t lane = thread % 32;
   const uint32_t own_barrier = 1 + static_cast<uint32_t>(group);
   constexpr uint32_t kBothBarrier = 3;
 
@@ -166,7 +197,7 @@ SPLITKERN_DEVICE void multiply(const WindowParams<kInputGrad>& params, Storage<T
   float sums[kColumns / 2];
   for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles;
        tile += static_cast<int32_t>(grid_extent().x)) {
-    const Place place = place_of<Tile>(params, tile, problem);
+    const Place place = place_of<Tile::kGroups>(params, tile, problem);
     problem = place.problem;
     const auto& box = params.problems[problem];
     const int32_t group_pixels = Tile::kWide ? 0 : group * box.group_rows * box.box_columns;
@@ -228,26 +259,7 @@ SPLITKERN_DEVICE void multiply(const WindowParams<kInputGrad>& params, Storage<T
     }
     const int32_t first_channel =
         place.channel_tile * Tile::kWeightBlocks * kChannels + (Tile::kWide ? group * kChannels : 0);
-    float bias_low = 0;
-    float bias_high = 0;
-    if (params.bias != nullptr) {
-      const int32_t channel = first_channel + 16 * warp + lane / 4;
-      const T* bias = static_cast<const T*>(params.bias);
-      if (channel < params.output_channels) bias_low = to_accumulator(bias[channel * params.bias_stride]);
-      if (channel + 8 < params.output_channels) bias_high = to_accumulator(bias[(channel + 8) * params.bias_stride]);
-    }
-    // Matrix m of a store: channels 8 * (m % 2) of the warp's 16, pixels 8 * (m / 2); 16-byte chunks are swizzled.
-    const int32_t chunk = 2 * warp + lane / 8 % 2;
-#pragma unroll
-    for (int block = 0; block < kColumns / 8; block += 2) {
-      constexpr int kBlocks = kColumns / 8;
-      const int second = block + 1 < kBlocks ? block + 1 : block;  // an odd last block is stored twice
-      uint32_t registers[4];
-      pack_block<T>(sums + 4 * block, bias_low, bias_high, params.relu, registers[0], registers[1]);
-      pack_block<T>(sums + 4 * second, bias_low, bias_high, params.relu, registers[2], registers[3]);
-      const int32_t pixel = 8 * (lane / 16 == 0 ? block : second) + lane % 8;
-      store_matrix_x4_transposed(staging + pixel * kPixelBytes + (chunk ^ (pixel & 7)) * 16, registers);
-    }
+    stage_outputs<T, kColumns>(params, sums, first_channel, thread, staging);
     fence_async_shared();
     named_barrier(own_barrier, 128);
     if (thread == 0) {
@@ -285,6 +297,127 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
 }
 
+// --- Resident weights ---------------------------------------------------------------------------------------------
+
+constexpr int32_t kResidentTaps = 9;
+constexpr int32_t kResidentBoxes = 3;
+constexpr int32_t kResidentBoxPixels = 400;
+
+struct ResidentStorage {
+  alignas(1024) unsigned char boxes[kResidentBoxes][kResidentBoxPixels * kPixelBytes];
+  alignas(1024) unsigned char weights[kResidentTaps][kChannels * kPixelBytes];
+  Barrier box_full[kResidentBoxes];
+  Barrier box_empty[kResidentBoxes];
+  Barrier weights_full;
+};
+static_assert(sizeof(ResidentStorage) <= shared_budget("sm90::resident_window_kernel"));
+
+template <bool kInputGrad>
+SPLITKERN_DEVICE void produce_resident(const WindowParams<kInputGrad>& params, ResidentStorage& shared) {
+  const int32_t taps = params.tap_rows * params.tap_columns;
+  barrier_arrive_expect(shared.weights_full, static_cast<uint32_t>(taps * kChannels * kPixelBytes));
+  for (int32_t i = 0; i < taps; ++i) {
+    const int32_t row = i / params.tap_columns;
+    const int32_t tap =
+        params.first_tap + row * params.tap_row_step + (i - row * params.tap_columns) * params.tap_column_step;
+    tma_load_3d(shared.weights[i], params.weight, shared.weights_full, 0, tap, 0);
+  }
+  Ring<kResidentBoxes> ring;
+  int32_t problem = 0;
+  for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles;
+       tile += static_cast<int32_t>(grid_extent().x)) {
+    const Place place = place_of<1>(params, tile, problem);
+    problem = place.problem;
+    const auto& box = params.problems[problem];
+    barrier_wait(shared.box_empty[ring.index], ring.parity ^ 1);
+    barrier_arrive_expect(shared.box_full[ring.index], static_cast<uint32_t>(box.box_bytes));
+    tma_load_4d(shared.boxes[ring.index], params.operand[problem], shared.box_full[ring.index], 0, box.lower_column,
+                box.lower_row + place.row, place.image);
+    ring.next();
+  }
+}
+
+// Warpgroup `group` takes every second box of the block. Outputs leave from their box, which goes back to the producer
+// when the store has read it; that is asked for only after the next box's products are on their way.
+template <class T, int kColumns, bool kInputGrad>
+SPLITKERN_DEVICE void multiply_resident(const WindowParams<kInputGrad>& params, ResidentStorage& shared,
+                                        int32_t group) {
+  const int32_t thread = static_cast<int32_t>(thread_index()) % 128;
+  const uint32_t own_barrier = 1 + static_cast<uint32_t>(group);
+  const int32_t stride = static_cast<int32_t>(grid_extent().x);
+  Ring<kResidentBoxes> ring;
+  if (group == 1) ring.next();
+  int32_t problem = 0;
+  int32_t staged_box = -1;
+  float sums[kColumns / 2];
+  barrier_wait(shared.weights_full, 0);
+  for (int32_t tile = static_cast<int32_t>(block_index().x) + group * stride; tile < params.tiles; tile += 2 * stride) {
+    const Place place = place_of<1>(params, tile, problem);
+    problem = place.problem;
+    const auto& box = params.problems[problem];
+    unsigned char* pixels = shared.boxes[ring.index];
+    barrier_wait(shared.box_full[ring.index], ring.parity);
+    int32_t tap = 0;
+    for (int32_t row = 0; row < params.tap_rows; ++row) {
+      for (int32_t column = 0; column < params.tap_columns; ++column) {
+        const int32_t shift = row * params.offset_row_step * box.box_columns + column * params.offset_column_step;
+        const uint64_t a = matrix_descriptor(shared.weights[tap], Swizzle::k128Bytes, kChannels * kPixelBytes, 1024);
+        const uint64_t b = matrix_descriptor(pixels + shift * kPixelBytes, Swizzle::k128Bytes, 16, 1024);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kChannels / 16; ++step) {
+          wgmma<T, kColumns, kInputGrad, false>(sums, advance(a, (kInputGrad ? 2048 : 32) * step),
+                                                advance(b, 32 * step), tap != 0 || step != 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (staged_box >= 0 && thread == 0) {
+          tma_store_wait_read<0>();
+          barrier_arrive(shared.box_empty[staged_box]);
+        }
+        staged_box = -1;
+        ++tap;
+      }
+    }
+    wgmma_wait<0>();
+    named_barrier(own_barrier, 128);  // every warp's products have read the box
+    stage_outputs<T, kColumns>(params, sums, 0, thread, pixels);
+    fence_async_shared();
+    named_barrier(own_barrier, 128);
+    if (thread == 0) {
+      tma_store_4d(params.output[problem], pixels, 0, 0, place.row, place.image);
+      tma_store_commit();
+    }
+    staged_box = static_cast<int32_t>(ring.index);
+    ring.next();
+    ring.next();
+  }
+  if (thread == 0) tma_store_wait<0>();
+}
+
+template <class T, int kColumns, bool kInputGrad>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    resident_window_kernel(const __grid_constant__ WindowParams<kInputGrad> params) {
+  ResidentStorage& shared = dynamic_shared<ResidentStorage>();
+  if (thread_index() == 0) {
+    for (int i = 0; i < kResidentBoxes; ++i) {
+      barrier_init(shared.box_full[i], 1);
+      barrier_init(shared.box_empty[i], 1);
+    }
+    barrier_init(shared.weights_full, 1);
+    barrier_init_fence();
+  }
+  block_barrier();
+  const int32_t warpgroup = static_cast<int32_t>(warp_index()) / 4;
+  if (warpgroup == 0) {
+    release_registers<40>();
+    if (thread_index() == 0) produce_resident(params, shared);
+  } else {
+    claim_registers<232>();
+    multiply_resident<T, kColumns>(params, shared, warpgroup - 1);
+  }
+}
+
 // --- Host ---------------------------------------------------------------------------------------------------------
 
 // A strip of a problem's columns, and how its rows are cut.
@@ -297,28 +430,40 @@ struct Strip {
   int32_t row_tiles;
 };
 
+enum class Kind { kWide, kNarrow, kResident };
+
 struct Plan {
-  bool wide = false;
-  int32_t columns = 0;   // Tile::kColumns
-  int64_t products = 0;  // pixels multiplied, useful or not, times output channels
+  Kind kind = Kind::kWide;
+  int32_t columns = 0;  // pixels of a product
+  double cycles = 0;    // of a multiprocessor, predicted
   std::vector<Strip> strips;
 };
 
-int32_t box_capacity(bool wide, int32_t columns) {
-  if (columns == 216) return wide ? Tile<true, 216>::kBoxPixels : Tile<false, 216>::kBoxPixels;
-  return wide ? Tile<true, 232>::kBoxPixels : Tile<false, 232>::kBoxPixels;
+int32_t box_capacity(Kind kind, int32_t columns) {
+  if (kind == Kind::kResident) return kResidentBoxPixels;
+  if (columns == 216) return kind == Kind::kWide ? Tile<true, 216>::kBoxPixels : Tile<false, 216>::kBoxPixels;
+  return kind == Kind::kWide ? Tile<true, 232>::kBoxPixels : Tile<false, 232>::kBoxPixels;
+}
+
+int32_t tile_channels(Kind kind) {
+  return kind == Kind::kWide ? 128 : 64;
+}
+// Rows of boxes that a tile stacks.
+int32_t tile_groups(Kind kind) {
+  return kind == Kind::kNarrow ? 2 : 1;
 }
 
 // Cuts every problem for products of `columns` pixels; no strips where one does not fit.
-Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, bool wide, int32_t columns) {
-  Plan plan{wide, columns, 0, {}};
+Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, Kind kind, int32_t columns,
+               int32_t multiprocessors) {
+  Plan plan{kind, columns, 0, {}};
   const AxisWalk& row_taps = problems.front().rows;
   const AxisWalk& column_taps = problems.front().columns;
   const int32_t border_rows = static_cast<int32_t>((row_taps.taps - 1) * row_taps.offset_step);
   const int32_t border_columns = static_cast<int32_t>((column_taps.taps - 1) * column_taps.offset_step);
-  const int32_t groups = wide ? 1 : 2;
-  const int32_t capacity = box_capacity(wide, columns);
-  const int64_t channels = ceil_divide(call.channels, wide ? 128 : 64) * (wide ? 128 : 64);
+  const int32_t groups = tile_groups(kind);
+  const int32_t capacity = box_capacity(kind, columns);
+  int64_t tiles = 0;
   for (size_t index = 0; index < problems.size(); ++index) {
     const int32_t out_columns = static_cast<int32_t>(problems[index].columns.outputs);
     const int32_t out_rows = static_cast<int32_t>(problems[index].rows.outputs);
@@ -347,7 +492,7 @@ Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, b
       }
     }
     if (best < 0) return {};
-    plan.products += best * groups * columns * call.images * channels;
+    tiles += best * call.images;
     for (int32_t strip = 0; strip < chosen_strips; ++strip) {
       Strip next = chosen;
       next.first_column = strip * chosen.columns;
@@ -356,10 +501,21 @@ Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, b
     }
   }
   if (static_cast<int64_t>(plan.strips.size()) > kMaxProblems) return {};
+  // Measured on an H200: products at 0.96 of the tensor cores' rate (half a cycle per column for 64 rows and 16 of the
+  // reduction), and what a tile takes beside them; turns hide that.
+  constexpr double kCyclesPerColumn = 0.52;
+  constexpr double kCyclesPerTile = 2700;
+  tiles *= ceil_divide(call.channels, tile_channels(kind));
+  const double waves = static_cast<double>(ceil_divide(tiles, multiprocessors));
+  const double products = static_cast<double>(problems.front().taps() *
+                                              ceil_divide(call.reduction_channels, kChannels) * (kChannels / 16)) *
+                          columns * kCyclesPerColumn;
+  plan.cycles =
+      kind == Kind::kResident ? waves * products + 2 * kCyclesPerTile : waves * (2 * products + kCyclesPerTile);
   return plan;
 }
 
-Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems) {
+Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors) {
   Plan best;
   if (problems.empty()) return best;
   for (const GemmProblem& problem : problems) {
@@ -368,10 +524,14 @@ Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems) {
       return best;
     }
   }
-  for (const bool wide : {true, false}) {
+  for (const Kind kind : {Kind::kWide, Kind::kNarrow, Kind::kResident}) {
+    if (kind == Kind::kResident &&
+        (call.channels > kChannels || call.reduction_channels > kChannels || problems.front().taps() > kResidentTaps)) {
+      continue;
+    }
     for (const int32_t columns : {216, 232}) {
-      Plan plan = plan_with(call, problems, wide, columns);
-      if (!plan.strips.empty() && (best.strips.empty() || plan.products < best.products)) best = std::move(plan);
+      Plan plan = plan_with(call, problems, kind, columns, multiprocessors);
+      if (!plan.strips.empty() && (best.strips.empty() || plan.cycles < best.cycles)) best = std::move(plan);
     }
   }
   return best;
@@ -379,23 +539,28 @@ Plan plan_of(const GemmCall& call, const std::vector<GemmProblem>& problems) {
 
 template <class T, class Tile, bool kInputGrad>
 void launch_tiles(const WindowParams<kInputGrad>& params, int32_t multiprocessors, cudaStream_t stream) {
-  static_assert(sizeof(Storage<Tile>) <= kSharedBytes);
+  static_assert(sizeof(Storage<Tile>) <= shared_budget("sm90::window_kernel"));
   const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
   kernels::launch(&window_kernel<T, Tile, kInputGrad>, Dim3{blocks, 1u, 1u}, Dim3{kBlockThreads, 1u, 1u},
                   sizeof(Storage<Tile>), stream, params);
 }
 
-template <class T, bool kInputGrad>
-void launch_plan(const Plan& plan, const WindowParams<kInputGrad>& params, int32_t multiprocessors,
-                 cudaStream_t stream) {
-  if (plan.wide && plan.columns == 216) {
-    launch_tiles<T, Tile<true, 216>, kInputGrad>(params, multiprocessors, stream);
-  } else if (plan.wide) {
-    launch_tiles<T, Tile<true, 232>, kInputGrad>(params, multiprocessors, stream);
-  } else if (plan.columns == 216) {
-    launch_tiles<T, Tile<false, 216>, kInputGrad>(params, multiprocessors, stream);
-  } else {
-    launch_tiles<T, Tile<false, 232>, kInputGrad>(params, multiprocessors, stream);
+template <class T, int kColumns, bool kInputGrad>
+void launch_resident(const WindowParams<kInputGrad>& params, int32_t multiprocessors, cudaStream_t stream) {
+  const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
+  kernels::launch(&resident_window_kernel<T, kColumns, kInputGrad>, Dim3{blocks, 1u, 1u}, Dim3{kBlockThreads, 1u, 1u},
+                  sizeof(ResidentStorage), stream, params);
+}
+
+template <class T, int kColumns, bool kInputGrad>
+void launch_kind(Kind kind, const WindowParams<kInputGrad>& params, int32_t multiprocessors, cudaStream_t stream) {
+  switch (kind) {
+    case Kind::kWide:
+      return launch_tiles<T, Tile<true, kColumns>, kInputGrad>(params, multiprocessors, stream);
+    case Kind::kNarrow:
+      return launch_tiles<T, Tile<false, kColumns>, kInputGrad>(params, multiprocessors, stream);
+    case Kind::kResident:
+      return launch_resident<T, kColumns, kInputGrad>(params, multiprocessors, stream);
   }
 }
 
@@ -412,14 +577,14 @@ WindowParams<kInputGrad> describe(const Plan& plan, const GemmCall& call, const 
   params.offset_row_step = static_cast<int32_t>(row_taps.offset_step);
   params.offset_column_step = static_cast<int32_t>(column_taps.offset_step);
   params.channel_blocks = static_cast<int32_t>(ceil_divide(call.reduction_channels, kChannels));
-  params.channel_tiles = static_cast<int32_t>(ceil_divide(call.channels, plan.wide ? 128 : 64));
+  params.channel_tiles = static_cast<int32_t>(ceil_divide(call.channels, tile_channels(plan.kind)));
   params.output_channels = call.channels;
   params.bias = call.bias;
   params.bias_stride = call.bias_stride;
   params.relu = call.relu;
-  params.weight = encode(weight_map(call, kInputGrad || !plan.wide ? kChannels : 2 * kChannels), params.kOperator);
+  params.weight = encode(weight_map(call, kInputGrad ? kChannels : tile_channels(plan.kind)), params.kOperator);
   const int32_t border_rows = (params.tap_rows - 1) * params.offset_row_step;
-  const int32_t groups = plan.wide ? 1 : 2;
+  const int32_t groups = tile_groups(plan.kind);
   int32_t pixel_tiles = 0;
   for (const Strip& strip : plan.strips) {
     const GemmProblem& problem = problems[strip.problem];
@@ -453,25 +618,26 @@ WindowParams<kInputGrad> describe(const Plan& plan, const GemmCall& call, const 
 template <bool kInputGrad>
 void launch_pass(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors,
                  cudaStream_t stream) {
-  const Plan plan = plan_of(call, problems);
+  const Plan plan = plan_of(call, problems, multiprocessors);
   const char* operation = WindowParams<kInputGrad>::kOperator;
   if (plan.strips.empty()) throw std::runtime_error(std::string(operation) + ": the window kernel takes no such call");
   const WindowParams<kInputGrad> params = describe<kInputGrad>(plan, call, problems);
   dispatch_half_type(operation, call.type, [&](auto tag) {
-    launch_plan<typename decltype(tag)::Type>(plan, params, multiprocessors, stream);
+    using T = typename decltype(tag)::Type;
+    if (plan.columns == 216) {
+      launch_kind<T, 216>(plan.kind, params, multiprocessors, stream);
+    } else {
+      launch_kind<T, 232>(plan.kind, params, multiprocessors, stream);
+    }
   });
 }
 
 }  // namespace
 
-double window_efficiency(const GemmCall& call, const std::vector<GemmProblem>& problems) {
-  const Plan plan = plan_of(call, problems);
-  if (plan.strips.empty()) return 0;
-  double useful = 0;
-  for (const GemmProblem& problem : problems) {
-    useful += static_cast<double>(problem.rows.outputs) * static_cast<double>(problem.columns.outputs);
-  }
-  return useful * call.images * call.channels / static_cast<double>(plan.products);
+double window_cycles(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors) {
+  const Plan plan = plan_of(call, problems, multiprocessors);
+  if (plan.strips.empty() || call.taps == 1) return std::numeric_limits<double>::infinity();
+  return predicted_cycles(call, problems, plan.cycles);
 }
 
 void launch_window(bool input_grad, const GemmCall& call, const std::vector<GemmProblem>& problems,

@@ -8,9 +8,9 @@
 
 namespace splitkern::kernels::sm90 {
 
-// The share of this kernel's products that reaches the output; 0 where it does not take the call. All problems of a
-// call share the number of taps and their steps.
-double window_efficiency(const GemmCall& call, const std::vector<GemmProblem>& problems);
+// Predicted cycles of the device; infinite where the kernel does not take the call. All problems of a call share the
+// number of taps and their steps.
+double window_cycles(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
 
 void launch_window(bool input_grad, const GemmCall& call, const std::vector<GemmProblem>& problems,
                    int32_t multiprocessors, cudaStream_t stream);

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 #include "conv_gemm.h"
 #include "partial_sums.h"
@@ -20,7 +21,7 @@ namespace {
 constexpr int32_t kTaps = 3;  // per axis, and warpgroups that multiply
 constexpr int32_t kColumns = kTaps * kUnitChannels;
 constexpr int32_t kWindowThreads = (1 + kTaps) * kWarpgroupThreads;
-constexpr int32_t kMaxProblems = 112;
+constexpr int32_t kMaxProblems = kMaxSubProblems;
 constexpr int32_t kPixelBytes = kUnitChannels * 2;
 constexpr int32_t kStages = 2;
 constexpr int32_t kStageBytes = (kSharedBytes - 1024) / kStages / 1024 * 1024;
@@ -53,7 +54,7 @@ struct Storage {
   Barrier full[kStages];
   Barrier empty[kStages];
 };
-static_assert(sizeof(Storage) <= kSharedBytes);
+static_assert(sizeof(Storage) <= shared_budget("sm90::window_weight_grad_kernel"));
 
 struct Chunk {
   int32_t problem = 0;
@@ -156,6 +157,7 @@ template <class T>
 __global__ void __launch_bounds__(kWindowThreads, 1)
     window_weight_grad_kernel(const __grid_constant__ WindowGradParams params) {
   Storage& shared = dynamic_shared<Storage>();
+  allow_next_kernel();
   // The last taps read a few pixels past a box; what stands there meets zeros, and must be a number for that.
   for (int32_t i = static_cast<int32_t>(thread_index()); i < kStages * kStageBytes / 16; i += kWindowThreads) {
     reinterpret_cast<Vector16*>(&shared.stages[0][0])[i] = Vector16{{0, 0, 0, 0}};
@@ -197,7 +199,6 @@ struct Strip {
 struct Plan {
   std::vector<Strip> strips;
   int64_t pixels = 0;  // multiplied, useful or not
-  int64_t useful = 0;
 };
 
 Plan plan_of(const ConvWeightGradParams& params) {
@@ -233,7 +234,6 @@ Plan plan_of(const ConvWeightGradParams& params) {
       }
       if (best < 0) return {};
       plan.pixels += best * params.batch;
-      plan.useful += int64_t{out_rows} * out_columns * params.batch;
       for (int32_t strip = 0; strip < best_strips; ++strip) {
         Strip next = chosen;
         next.first_column = strip * chosen.width;
@@ -264,9 +264,13 @@ Shape shape_of(const Plan& plan, const ConvWeightGradParams& params, const Devic
 
 }  // namespace
 
-double window_weight_grad_efficiency(const ConvWeightGradParams& params) {
+std::optional<double> window_weight_grad_cycles(const ConvWeightGradParams& params, const DeviceTraits& traits) {
   const Plan plan = plan_of(params);
-  return plan.strips.empty() ? 0 : static_cast<double>(plan.useful) / static_cast<double>(plan.pixels);
+  if (plan.strips.empty()) return std::nullopt;
+  const Shape shape = shape_of(plan, params, traits);
+  // Half a cycle per column and 16 pixels, for each of the three warpgroups.
+  const double products = static_cast<double>(plan.pixels) / kStepPixels * kTaps * kColumns / 2;
+  return products * shape.row_tiles * shape.channel_tiles / shape.blocks;
 }
 
 int64_t window_weight_grad_workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
