@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import splitkern as sk
-from splitkern.cli import doctor, main
+from splitkern.cli import doctor, link, main
 from splitkern.cli.explain import conv_paths
 
 AS_BUILT_WITH_NVCC = dataclasses.replace(
@@ -124,3 +125,35 @@ def test_the_cuda_paths_of_this_gpu_are_available():
         assert path.available == (path.name not in elsewhere), path
     assert findings.driver is not None
     assert findings.gpus[0].code.startswith(("sm_", "compute_"))
+    assert isinstance(findings.link, link.Link), findings.link
+    assert findings.link.from_device_gbps > 0.1
+
+
+class HostClock:
+    """Stands in for a CUDA event."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        return None
+
+    def elapsed_time(self, end: HostClock) -> float:
+        return max(end.seconds - self.seconds, 1e-9) * 1e3
+
+
+def test_the_link_is_measured_with_the_package_s_own_copies():
+    found = link.measure(torch.device("cpu"), size_bytes=1 << 16, clock=HostClock)
+    assert found.from_device_gbps > 0
+    assert found.to_device_gbps > 0
+    text = dataclasses.replace(found, from_device_gbps=55.04, to_device_gbps=54.96, size_bytes=2 << 20).text
+    assert text == "55.0 GB/s from the GPU, 55.0 GB/s to it (pinned memory, 2 MiB, contiguous)"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_the_link_says_why_it_was_not_measured(capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("copies"))
+    assert line.startswith("copies      not measured: ")
+    findings = doctor.examine()
+    assert findings.link == doctor._why_no_cuda(findings.build, findings.gpus)

@@ -1,7 +1,8 @@
 """Time of single calls on a GPU: device events, a cold L2 cache, candidates interleaved in one run, median and spread.
 
-Every sample is preceded by a write of more than the L2 cache and by a spin kernel that lasts until the host has queued
-the whole call: what is measured is the device's time, launch gaps included, host time excluded (it is reported beside).
+Every sample is preceded by a write and a read of more than the L2 cache and by a spin kernel that lasts until the host
+has queued the whole call: what is measured is the device's time, launch gaps included, host time excluded (it is
+reported beside).
 `HostTimer` is the same over the CPU's clock: the tests run every row with it.
 """
 
@@ -80,7 +81,8 @@ class DeviceTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(max(2 * l2_bytes + l2_bytes // 2, 64 << 20), dtype=torch.uint8, device=device)
+        size = max(2 * l2_bytes + l2_bytes // 2, 64 << 20) // 4
+        self._written, self._read = (torch.zeros(size, dtype=torch.int32, device=device) for _ in range(2))
         self._value = 0
         self._begin, self._end = (_event() for _ in range(2))
         self._cycles_per_us = self._spin_rate()
@@ -89,8 +91,11 @@ class DeviceTimer:
         torch.cuda.synchronize(self.device)
 
     def sample(self, call: Call, host_us: float) -> Sample:
-        self._value = (self._value + 1) % 251
-        self._flush.fill_(self._value)
+        # The write evicts what the last call left. The read leaves the cache full of what needs no writing back, which
+        # would otherwise go on at the expense of the call.
+        self._value += 1
+        self._written.fill_(self._value)
+        self._read.max()
         _spin(int(min(_MAX_SPIN_US, 1.5 * host_us + 30.0) * self._cycles_per_us))
         self._begin.record()
         call()

@@ -160,6 +160,11 @@ def _copy_table(rows: Sequence[Row], table: Format) -> str:
     return table(header, lines)
 
 
+def _share(row: Row, bound: str) -> float | None:
+    """One launch's share of the ceiling that bounds the layer, None if another does."""
+    return row.get(f"{bound}_share") if row.get("bound", "copy") == bound else None
+
+
 def _summary(kind: str, rows: Sequence[Row], table: Format) -> str:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -167,8 +172,10 @@ def _summary(kind: str, rows: Sequence[Row], table: Format) -> str:
         if kind != "copy":
             group += (_grid(row), str(row["batch"]))
         groups.setdefault(group, []).append(row)
+    bounds = [bound for bound in ("matmul", "copy") if any(_share(row, bound) for row in rows)]
     used = {key: text for key, text in RATIOS[kind].items() if any(key in row for row in rows)}
     header = ["geometric mean", *([] if kind == "copy" else ["grid", "batch"]), "rows", *used.values()]
+    header += [f"of {bound}, where it bounds" for bound in bounds]
     header += ["worst row", "not counted"]
     first = next(iter(RATIOS[kind]))
     lines = []
@@ -178,6 +185,9 @@ def _summary(kind: str, rows: Sequence[Row], table: Format) -> str:
         for key in used:
             values = [row[key] for row in right if key in row]
             means.append(f"{geometric_mean(values):.2f}" if values else "")
+        for bound in bounds:
+            shares = [share for row in right if (share := _share(row, bound))]
+            means.append(f"{geometric_mean(shares):.0%}" if shares else "")
         ranked = sorted((row for row in right if first in row), key=lambda row: float(row[first]))
         worst = f"{ranked[0]['layer']} {ranked[0][first]:.2f}" if ranked else ""
         lines.append(

@@ -19,6 +19,7 @@ import torch
 from splitkern._library import BuildInfo, build_info, forced_path
 from splitkern._version import __version__
 from splitkern.cli import explain as explanations
+from splitkern.cli import link as links
 from splitkern.cli.common import UserError, mib
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -45,7 +46,7 @@ class OperatorPath:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything the command reports. `usable` decides the exit code."""
+    """Everything the command reports. `usable` decides the exit code; `link` is measured, or says why not."""
 
     usable: bool
     splitkern: str
@@ -56,6 +57,7 @@ class Findings:
     gpus: tuple[Gpu, ...]
     build: BuildInfo
     paths: tuple[OperatorPath, ...]
+    link: links.Link | str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,7 @@ def examine() -> Findings:
         gpus=gpus,
         build=build,
         paths=paths,
+        link=_link(build, gpus),
     )
 
 
@@ -176,6 +179,17 @@ def _driver_version(file: Path) -> str | None:
     except OSError:
         return None
     return None if match is None else match[1]
+
+
+def _link(build: BuildInfo, gpus: tuple[Gpu, ...]) -> links.Link | str:
+    """Copies of the current GPU to and from pinned host memory, or why none were made."""
+    reason = _why_no_cuda(build, gpus)
+    if reason is not None:
+        return reason
+    try:
+        return links.measure(torch.device("cuda", torch.cuda.current_device()))
+    except RuntimeError as error:  # of the allocations and of the copies
+        return str(error).splitlines()[0]
 
 
 def _cpu_path() -> OperatorPath:
@@ -289,6 +303,8 @@ def _as_text(findings: Findings) -> str:
         )
     if not findings.gpus:
         lines.append("GPU         none visible to PyTorch")
+    link = findings.link
+    lines.append(f"copies      {link.text if isinstance(link, links.Link) else f'not measured: {link}'}")
     lines.append("")
     lines.append("Operator paths")
     for path in findings.paths:

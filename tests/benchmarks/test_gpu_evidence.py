@@ -244,7 +244,7 @@ def test_the_whole_chain_with_a_faked_device(
         machine = {"device": "Test GPU", "torch": "2.11", "cudnn": 9}
         timing = {"ms": {"lower": 0.9, "median": 1.0, "upper": 1.1}, "samples": 3, "host_us": 5.0, "gaps": False}
         row = {"layer": "net.body", "shape": "s", "pass": "forward", "grid": [2, 2], "batch": 32, "status": "ok",
-               "candidates": {"layer": timing}, "cudnn_over_layer": 1.25}
+               "candidates": {"layer": timing}, "cudnn_over_layer": 1.25, "bound": "matmul", "matmul_share": 0.5}
         record = {"benchmark": "conv", "machine": machine, "commit": "abc", "ceilings": None, "rows": {"key": row}}
         json.dump(record, open(sys.argv[sys.argv.index("--save") + 1], "w"))
     """
@@ -259,7 +259,7 @@ def test_the_whole_chain_with_a_faked_device(
     assert "==> doctor: passed" in log.read_text()
     capsys.readouterr()
     assert splitkern(["bench", "report", str(path), "--markdown"]) == 0
-    assert "| forward | 2x2 | 32 | 1 | 1.25 | net.body 1.25 |" in capsys.readouterr().out
+    assert "| forward | 2x2 | 32 | 1 | 1.25 | 50% | net.body 1.25 |" in capsys.readouterr().out
 
 
 def test_the_sanitizer_subset_is_right_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands measure on the CPU, tiny layers."""
     monkeypatch.setattr(bench_kernels, "make_timer", HostTimer)
     sizes = {"link": False, "side": 16, "copy_bytes": 1024}
-    monkeypatch.setattr(bench_kernels, "ceilings_options", lambda timer: sizes)
+    monkeypatch.setattr(bench_kernels, "ceilings_options", lambda benchmark: sizes)
     monkeypatch.setattr(bench_kernels, "make_explain", lambda dtype: lambda cell: {"path": f"some {dtype} path"})
     monkeypatch.setattr(layers, "CONV_LAYERS", CONV)
     monkeypatch.setattr(layers, "POOL_LAYERS", POOL)
@@ -411,20 +411,21 @@ def synthetic_row(layer: str, ratio: float, status: str = "ok") -> dict[str, Any
 
 
 def test_means_leave_out_what_is_wrong_and_say_so() -> None:
+    # A share counts where it is that of the ceiling which bounds the layer.
     rows = {
-        "a": synthetic_row("a", 4.0),
-        "b": synthetic_row("b", 1.0),
+        "a": {**synthetic_row("a", 4.0), "bound": "matmul", "matmul_share": 0.5, "copy_share": 0.1},
+        "b": {**synthetic_row("b", 1.0), "bound": "copy", "matmul_share": 0.2, "copy_share": 0.8},
         "c": {**synthetic_row("c", 100.0, "wrong"), "message": "layer: error 1 over 0.01"},
     }
     machine = {"device": "GPU", "torch": "2.11", "cudnn": 1}
     record = {"benchmark": "conv", "machine": machine, "commit": "abc", "ceilings": vars(CEILINGS), "rows": rows}
     text = report(record, table, summary=True)
     mean = next(line for line in text.splitlines() if line.startswith("forward"))
-    assert mean.split() == ["forward", "2x2", "32", "2", "2.00", "b", "1.00", "1"]
+    assert mean.split() == ["forward", "2x2", "32", "2", "2.00", "50%", "80%", "b", "1.00", "1"]
     assert "  c: wrong: layer: error 1 over 0.01" in text
     assert "1.0000 ±10%" not in text
     assert "1 ±10%" in report(record, table)
-    assert "| forward | 2x2 | 32 | 2 | 2.00 | b 1.00 | 1 |" in report(record, markdown, summary=True)
+    assert "| forward | 2x2 | 32 | 2 | 2.00 | 50% | 80% | b 1.00 | 1 |" in report(record, markdown, summary=True)
 
 
 def test_a_record_without_rows() -> None:

@@ -148,7 +148,7 @@ BUGS = [
     ),
     Bug(
         "decompression: header not looked at",
-        *(COMPRESS, COMPRESS, "if (found == Found::kForeign) kept = 0;", ""),
+        *(COMPRESS, COMPRESS, ": Found::kForeign;", ": Found::kExpected;"),
         *(damaged, "a foreign header was believed"),
     ),
 ]

@@ -1,12 +1,14 @@
 """The kernels of csrc/kernels/nhwc, executed by the CPU: vectors of every width, tails, the bits of the plain kernels.
 
 The channel counts give each width: 16 bytes (8 and 24 halves, 4 and 8 floats), 8 (20 halves), 4 (6 halves), one
-element (3). A view that begins one channel late leaves single elements, whatever the count.
+element (3). A part of a larger tensor keeps its alignment; a view that begins one channel late leaves single
+elements, whatever the count.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ CASES = [
             "bounds outside the intervals",
             "rectangular window",
             "5x3 patches",
+            "150 row patches",
         )
     ),
     Case("stride 2, kernel 2, odd padding", square(2, 2, 1, 1, (0, 3, 8), (0, 6, 9), (0, 2, 5), (0, 3, 5))),
@@ -58,7 +61,8 @@ each_case = pytest.mark.parametrize(
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-each_layout = pytest.mark.parametrize("layout", ["channels_last", "channels_last view"])
+LAYOUTS = ["channels_last", "channels_last part", "channels_last view"]
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def with_channels(case: Case, channels: int) -> Case:
@@ -78,7 +82,7 @@ class Plain(Operators):
 
 
 @pytest.fixture(scope="module")
-def plain(operators: Operators, host_library: Path) -> Operators:
+def plain(operators: Operators, host_library: Path) -> Plain:
     return Plain(operators, host_library)
 
 
@@ -145,3 +149,75 @@ def test_batch_norm(operators: Operators, case: Case, channels: int, dtype: torc
     relu = channels != 20
     affine = {8: dtype, 20: None, 6: torch.float32, 24: torch.float32, 3: dtype}[channels]
     comparisons.batch_norm(operators, with_channels(case, channels), dtype, layout, relu=relu, affine=affine)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), list(zip(DTYPES, LAYOUTS, strict=True)), ids=str)
+def test_pooling_in_two_parts(plain: Plain, operators: Operators, dtype: torch.dtype, layout: str) -> None:
+    """Enough outputs that a thread takes two parts of the channels (`parts_of` in pooling.h)."""
+    side, channels = 257, 64
+    case = Case("large", square(2, 2, 0, 1, (0, 200, 2 * side), (0, 2 * side), (0, 100, side), (0, side)), 1, channels)
+    assert side * side * channels * dtype.itemsize // 16 >= 2**19
+    g = case.geometry
+    generator = torch.Generator().manual_seed(14)
+    input = random_tensor((1, channels, *g.in_size), dtype, layout, generator)
+    grad = random_tensor((1, channels, *g.out_size), dtype, layout, generator)
+    window = [[2, 2], [2, 2], [0, 0]]
+    size = list(input.shape)
+    _, offsets = operators.namespace.patch_max_pool2d(input, *window, [1, 1], *g.bounds)
+    for name, *arguments in (
+        ("patch_max_pool2d", input, *window, [1, 1], *g.bounds),
+        ("patch_max_pool2d_backward", grad, offsets, size, *window, [1, 1], *g.bounds),
+        ("patch_max_pool2d_gather", input, offsets, *window, [1, 1], *g.bounds),
+        ("patch_avg_pool2d", input, *window, True, None, *g.bounds),
+        ("patch_avg_pool2d_backward", grad, size, *window, True, None, *g.bounds),
+    ):
+        operator = getattr(operators.namespace, name)
+        ours = operator(*arguments)
+        with forced_path("plain", plain.library):
+            theirs = operator(*arguments)
+        for mine, other in zip(comparisons._as_tuple(ours), comparisons._as_tuple(theirs), strict=True):
+            assert torch.equal(comparisons._bits(mine), comparisons._bits(other)), name
+
+
+# Channel tiles: more than one, with a tail; shares of thousands of pixels; several segments.
+NORMS = [
+    Case("two channel tiles", square(1, 1, 0, 1, (0, 3, 8), (0, 5, 9), (0, 3, 8), (0, 5, 9)), 3, 96, 96),
+    Case("tail of a tile", square(1, 1, 0, 1, (0, 6), (0, 2, 9), (0, 6), (0, 2, 9)), 2, 136, 136),
+    Case("many segments", square(1, 1, 0, 1, (0, 40, 64), (0, 37, 64), (0, 40, 64), (0, 37, 64)), 3, 16, 16),
+    Case(
+        "patches narrower than a block's lanes", square(1, 1, 0, 1, *(even(40, 20),) * 2, *(even(40, 20),) * 2), 2, 8, 8
+    ),
+]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_norm_tiles(operators: Operators, case: Case, dtype: torch.dtype) -> None:
+    layout = LAYOUTS[NORMS.index(case) % 2]
+    comparisons.batch_norm(operators, case, dtype, layout, relu=True, affine=torch.float32)
+
+
+@pytest.mark.parametrize("channels", [8, 20, 3])
+@pytest.mark.parametrize("mean", [0.0, 1000.0, -30000.0])
+def test_batch_norm_statistics_far_from_zero(operators: Operators, channels: int, mean: float) -> None:
+    """Deviations of one around a large mean, with a first pixel that is nothing like the others."""
+    generator = torch.Generator().manual_seed(15)
+    input = torch.randn(2, channels, 60, 50, generator=generator) + mean
+    input[:, :, 0, 0] = 0
+    input = input.contiguous(memory_format=torch.channels_last)
+    rows, columns = [0, 17, 60], [0, 50]
+    actual_mean, m2 = operators("patch_batch_norm_stats", input, rows, columns)
+    patches = [input[:, :, a:b].double() for a, b in pairwise(rows)]
+    true_mean = torch.stack([p.mean((0, 2, 3)) for p in patches])
+    true_m2 = torch.stack([(p - p.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3)) for p in patches])
+    assert (actual_mean - true_mean).norm().item() <= 2**-22 * (true_mean.abs() + 1).norm().item()
+    # Inputs near a large mean carry its rounding: nothing but the summation may add to that.
+    assert comparisons.relative_error(m2, true_m2) <= 2**-20
+
+
+def test_batch_norm_of_constants_has_no_variance(operators: Operators) -> None:
+    values = torch.tensor([0.1, 3.3, -700.7, 1e-20, 1e20, 0.0, 7.0, 1 / 3])
+    input = values.reshape(1, 8, 1, 1).expand(3, 8, 37, 41).contiguous(memory_format=torch.channels_last)
+    mean, m2 = operators("patch_batch_norm_stats", input, [0, 20, 37], [0, 41])
+    assert torch.equal(mean, values.expand(2, 8))
+    assert not m2.any()

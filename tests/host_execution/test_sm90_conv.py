@@ -42,5 +42,5 @@ def test_every_tile_of_forward_and_input_gradient(operators: Operators, host_lib
 
 @pytest.mark.parametrize("tile", WEIGHT_GRAD_TILES)
 def test_every_tile_of_the_weight_gradient(operators: Operators, host_library: Path, tile: int) -> None:
-    with tuned(host_library, weight_grad_tile=tile, segments=3):
+    with tuned(host_library, weight_grad_tile=tile, weight_grad_segments=3):
         comparisons.conv2d(operators, BY_NAME["channel tails"], torch.float16, "channels_last")

@@ -97,6 +97,9 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
         view = parent.contiguous(memory_format=torch.channels_last)[1:, 8 : c + 8, 2 : h + 2, 1 : w + 1]
         view.copy_(values)
         return view
+    if layout == "channels_last part":  # rows and columns of a larger tensor, all of its channels
+        parent = torch.full((n + 1, c, h + 3, w + 2), 1e3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        return parent[1:, :, 2 : h + 2, 1 : w + 1].copy_(values)
     if layout in ("view", "channels_last view"):
         parent = torch.full((n + 1, c + 2, h + 3, w + 2), 1e3, dtype=dtype)
         if layout == "channels_last view":

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.kernel_checks.cases import Case, even, square
 from tests.kernel_checks.first_principles import Geometry
 
-GEMM_TILES = range(10)
+GEMM_TILES = range(7)
 WEIGHT_GRAD_TILES = range(7)
 
 _3X3 = square(3, 1, 1, 1, (0, 4, 9), (0, 5, 7), (0, 4, 9), (0, 5, 7))
@@ -61,11 +61,13 @@ LARGE = [
 
 
 @contextlib.contextmanager
-def tuned(library: Path, gemm_tile: int = -1, weight_grad_tile: int = -1, segments: int = -1) -> Iterator[None]:
-    """Overrides the choice of tiles and of the segments of the weight gradient inside the block."""
+def tuned(library: Path, **knobs: int) -> Iterator[None]:
+    """Overrides members of the path's Tuning inside the block."""
     tune = ctypes.CDLL(str(library)).splitkern_tune_sm90
-    tune(gemm_tile, weight_grad_tile, segments)
+    for name, value in knobs.items():
+        assert tune(name.encode(), value) == 0, name
     try:
         yield
     finally:
-        tune(-1, -1, -1)
+        for name in knobs:
+            tune(name.encode(), -1)

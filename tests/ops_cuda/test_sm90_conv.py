@@ -107,7 +107,7 @@ def test_every_tile_of_forward_and_input_gradient(case: Case, tile: int) -> None
 @pytest.mark.parametrize("case", [LARGE[0], LARGE[2], LARGE[9]], ids=str)
 def test_every_tile_of_the_weight_gradient(case: Case, tile: int) -> None:
     for segments in (-1, 1, 7):
-        with tuned(LIBRARY, weight_grad_tile=tile, segments=segments):
+        with tuned(LIBRARY, weight_grad_tile=tile, weight_grad_segments=segments):
             compare(case, torch.bfloat16, ("weight_grad",), torch.channels_last)
 
 

@@ -100,6 +100,14 @@ void launch_clusters(void (*kernel)(Params), Dim3 grid, uint32_t cluster_blocks,
   host_launch::run(kernel, grid, cluster_blocks, block, shared_bytes, params);
 }
 
+template <class Params>
+void launch_following(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t,
+                      const Params& params) {
+  host_launch::run(kernel, grid, 1, block, shared_bytes, params);
+}
+inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() {}
+
 inline void prefetch_map(const TensorMap&) {}
 inline void tma_load_im2col(void* shared, const TensorMap& map, Barrier& barrier, int32_t channel, int32_t column,
                             int32_t row, int32_t image, uint16_t column_offset, uint16_t row_offset) {

@@ -3,14 +3,14 @@
 // Called by csrc/ops/cuda/copy.cpp.
 #include <algorithm>
 
+#include "../budgets.h"
 #include "copy.h"
 #include "walk.h"
 
 namespace splitkern::kernels {
 namespace {
 
-constexpr unsigned kWarps = 8;
-constexpr unsigned kMaxBlocks = 16;
+constexpr unsigned kWarps = 16;         // few and large blocks, as in strided.cu
 constexpr int kSteps = kStagedVectors;  // of a warp with 16 bytes per lane, per chunk
 constexpr int64_t kMostMaskBytes = compressed_mask_bytes(1);
 static_assert(kMostMaskBytes == kWarpThreads * 16, "a lane holds at most 16 bytes of a mask");
@@ -23,7 +23,8 @@ struct Slot {
 struct Slots {
   Slot of_warp[kWarps];
 };
-static_assert(sizeof(Slots) <= 48 * 1024, "needs no opt-in");
+static_assert(sizeof(Slots) <= shared_budget("compress_kernel"));
+static_assert(sizeof(Slots) <= shared_budget("decompress_kernel"));
 
 // Sizes for elements of type T (an unsigned integer of the element's size).
 template <class T>
@@ -290,7 +291,7 @@ __global__ void decompress_kernel(const __grid_constant__ PrefetchCompressedPara
 // --------------------------------------------------------------------------------------------------------
 
 template <class T, class Params>
-void launch_for(void (*kernel)(Params), Params params, cudaStream_t stream) {
+void launch_for(void (*kernel)(Params), Params params, int32_t most_blocks, cudaStream_t stream) {
   complete(params.walk);
   const int32_t last = params.walk.dims - 1;
   constexpr int64_t kPerLane = Chunk<T>::kPerLane;
@@ -299,7 +300,7 @@ void launch_for(void (*kernel)(Params), Params params, cudaStream_t stream) {
   for (int32_t dim = 0; dim < last; ++dim) params.vectors &= params.walk.device_strides[dim] % kPerLane == 0;
   const int64_t chunks = compressed_chunks(params.walk.count, sizeof(T));
   // An empty tensor still gets its header.
-  const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>((chunks + kWarps - 1) / kWarps, 1, kMaxBlocks));
+  const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>((chunks + kWarps - 1) / kWarps, 1, most_blocks));
   launch(kernel, {blocks, 1, 1}, {kWarps * kWarpThreads, 1, 1}, sizeof(Slots), stream, params);
 }
 
@@ -324,14 +325,14 @@ void dispatch_element_size(const char* operation, uint32_t element_size, Functio
 void launch_offload_compressed(const OffloadCompressedParams& params, cudaStream_t stream) {
   dispatch_element_size(params.kOperator, params.header.element_size, [&](auto element) {
     using T = decltype(element);
-    launch_for<T>(&compress_kernel<T>, params, stream);
+    launch_for<T>(&compress_kernel<T>, params, copy_tuning().compress_blocks, stream);
   });
 }
 
 void launch_prefetch_compressed(const PrefetchCompressedParams& params, cudaStream_t stream) {
   dispatch_element_size(params.kOperator, params.header.element_size, [&](auto element) {
     using T = decltype(element);
-    launch_for<T>(&decompress_kernel<T>, params, stream);
+    launch_for<T>(&decompress_kernel<T>, params, copy_tuning().decompress_blocks, stream);
   });
 }
 

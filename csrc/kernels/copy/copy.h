@@ -9,6 +9,15 @@
 
 namespace splitkern::kernels {
 
+// What measurement on a GPU decides. Plain process-wide values.
+struct CopyTuning {
+  int32_t engine_row_bytes = 2048;  // shorter rows go to the kernel: an engine spends a fixed time per row
+  int32_t copy_blocks = 8;          // at most, of each kernel
+  int32_t compress_blocks = 12;
+  int32_t decompress_blocks = 12;
+};
+CopyTuning& copy_tuning();
+
 struct CopyChoice {
   bool engine;
   std::string reason;
@@ -31,3 +40,8 @@ void launch_offload_compressed(const OffloadCompressedParams& params, cudaStream
 void launch_prefetch_compressed(const PrefetchCompressedParams& params, cudaStream_t stream);
 
 }  // namespace splitkern::kernels
+
+// Sets the tuning from outside the library, before the calls that it is meant for; negative values: as built in.
+extern "C" __attribute__((visibility("default"))) void splitkern_tune_copy(int32_t engine_row_bytes,
+                                                                           int32_t copy_blocks, int32_t compress_blocks,
+                                                                           int32_t decompress_blocks);

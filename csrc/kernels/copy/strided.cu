@@ -4,21 +4,19 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../budgets.h"
 #include "copy.h"
 #include "walk.h"
 
 namespace splitkern::kernels {
 namespace {
 
-// 16 blocks of 256 threads with 4 accesses of 16 bytes each keep 256 KiB in flight, more than a PCIe 5 link needs to be
-// full; few blocks, so that a convolution beside the copy keeps its multiprocessors.
-constexpr unsigned kWarps = 8;
+// 4 accesses of 16 bytes by each of 512 threads keep 32 KiB in flight per block. Few and large blocks, so that a
+// convolution beside the copy keeps its multiprocessors.
+constexpr unsigned kWarps = 16;
 constexpr unsigned kThreads = kWarps * kWarpThreads;
-constexpr unsigned kMaxBlocks = 16;
 constexpr int kAccesses = 4;  // of one thread, all loaded before the first is stored
 
-// Rows shorter than this go to the kernel: an engine spends a fixed time per row.
-constexpr int64_t kEngineRowBytes = 2048;
 constexpr int64_t kAutoEngineCalls = 16;
 constexpr int64_t kMostEngineCalls = 65536;
 constexpr int64_t kMostPitch = (int64_t{1} << 31) - 1;  // cudaDeviceProp::memPitch of every supported GPU
@@ -58,7 +56,7 @@ __global__ void copy_kernel(const __grid_constant__ Params params) {
 struct Stages {
   alignas(16) unsigned char of_warp[kWarps][kStagedBytes];
 };
-static_assert(sizeof(Stages) <= 48 * 1024, "needs no opt-in");
+static_assert(sizeof(Stages) <= shared_budget("staged_copy_kernel"));
 
 // The host's side is one run of bytes from a multiple of 16 on, which always moves in vectors; the device's side is
 // made of smaller units, which warps collect in shared memory.
@@ -147,7 +145,8 @@ bool host_is_one_run(const UnitWalk& walk) {
 }
 
 unsigned blocks_for(int64_t work, int64_t work_per_block) {
-  return static_cast<unsigned>(std::min<int64_t>(kMaxBlocks, (work + work_per_block - 1) / work_per_block));
+  return static_cast<unsigned>(
+      std::min((work + work_per_block - 1) / work_per_block, int64_t{copy_tuning().copy_blocks}));
 }
 
 template <class Params, int kUnit>
@@ -264,6 +263,11 @@ void copy(const CopyWalk& walk, void* device, void* host, CopyMethod method, cud
 
 }  // namespace
 
+CopyTuning& copy_tuning() {
+  static CopyTuning tuning;
+  return tuning;
+}
+
 CopyChoice choose_copy(const char* operation, const CopyWalk& walk, CopyMethod method) {
   const EnginePlan plan = plan_engine(walk);
   const int64_t row_bytes = walk.extents[walk.dims - 1];
@@ -278,8 +282,9 @@ CopyChoice choose_copy(const char* operation, const CopyWalk& walk, CopyMethod m
     return {true, "the caller asked for the engine"};
   }
   if (walk.dims == 1) return {true, "engine: one run of " + std::to_string(row_bytes) + " bytes"};
-  if (row_bytes < kEngineRowBytes) {
-    return {false, "kernel: " + rows + ", and the engine takes at least " + std::to_string(kEngineRowBytes)};
+  if (row_bytes < copy_tuning().engine_row_bytes) {
+    return {false,
+            "kernel: " + rows + ", and the engine takes at least " + std::to_string(copy_tuning().engine_row_bytes)};
   }
   if (plan.calls > kAutoEngineCalls) {
     return {false, "kernel: " + calls + " for " + rows + ", and at most " + std::to_string(kAutoEngineCalls) +
@@ -306,3 +311,13 @@ void launch_prefetch(const CopyWalk& walk, const void* host, void* device, CopyM
 }
 
 }  // namespace splitkern::kernels
+
+extern "C" void splitkern_tune_copy(int32_t engine_row_bytes, int32_t copy_blocks, int32_t compress_blocks,
+                                    int32_t decompress_blocks) {
+  using splitkern::kernels::CopyTuning;
+  const auto value = [](int32_t given, int32_t otherwise) { return given < 0 ? otherwise : given; };
+  const CopyTuning built_in;
+  splitkern::kernels::copy_tuning() = {
+      value(engine_row_bytes, built_in.engine_row_bytes), value(copy_blocks, built_in.copy_blocks),
+      value(compress_blocks, built_in.compress_blocks), value(decompress_blocks, built_in.decompress_blocks)};
+}

@@ -2,6 +2,7 @@
 // (direct.h). Where every group is one channel a thread computes 16 bytes of channels of four neighbouring results,
 // else four channels of one group. Called through conv_paths.h. Sums run over kernel rows, kernel columns, then the
 // group's channels, in fp32.
+#include "../budgets.h"
 #include "conv.h"
 #include "direct.h"
 
@@ -375,7 +376,9 @@ std::string plan_call(const DeviceTraits& traits, Gather<Conv>& call, Plan& plan
     most_lanes = kMaxGroupedLanes;
   }
   // Half the shared memory, so that two blocks hide each other's waiting.
-  most_lanes = std::min(most_lanes, traits.shared_memory_bytes / 2 / lane_bytes);
+  const int64_t most_bytes = plan.depthwise ? shared_budget("depthwise::depthwise_gather_kernel")
+                                            : shared_budget("depthwise::grouped_gather_kernel");
+  most_lanes = std::min(most_lanes, std::min(traits.shared_memory_bytes / 2, most_bytes) / lane_bytes);
   if (most_lanes == 0) return "the weights of a group do not fit in shared memory";
   call.lanes = even_lanes(call.vectors, most_lanes);
   if (call.vectors > static_cast<int64_t>(call.lanes) * 65535) return "there are too many channels";

@@ -2,6 +2,7 @@
 // outputs for some channels and taps; a second kernel adds the shares in ascending order, so the result is the same
 // in every run. Where every group is one channel a thread carries 16 bytes of channels, else four by four channels of
 // one group. Called through conv_paths.h.
+#include "../budgets.h"
 #include "conv.h"
 #include "direct.h"
 
@@ -253,6 +254,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 struct ReduceStorage {
   float sums[kReduceSlices][32];
 };
+static_assert(sizeof(ReduceStorage) <= shared_budget("depthwise::direct_weight_grad_reduce_kernel"));
 
 // A block adds up 32 elements: each warp every eighth share, then the warps' sums in ascending order.
 template <class T>
@@ -336,6 +338,11 @@ std::string plan_call(const ConvWeightGradParams& params, const DeviceTraits& tr
   if (call.tap_blocks > 65535) return "the window is too large";
   const int64_t thread_floats = plan.depthwise ? elements : kBlockChannels * kBlockChannels;
   plan.shared_bytes = kThreads * thread_floats * static_cast<int64_t>(sizeof(float));
+  const int64_t most_bytes = plan.depthwise ? shared_budget("depthwise::depthwise_weight_grad_kernel")
+                                            : shared_budget("depthwise::grouped_weight_grad_kernel");
+  if (plan.shared_bytes > std::min(traits.shared_memory_bytes, most_bytes)) {
+    return "the sums of a block take " + std::to_string(plan.shared_bytes) + " bytes of shared memory";
+  }
   plan.vector_loads =
       takes_vectors(params.input, params.input_strides,
                     extents_in(params.grid, params.batch, params.in_channels_per_group), 4, wide ? 16 : 8) &&

@@ -3,6 +3,7 @@
 // Sums run over kernel rows, kernel columns, then output channels, in fp32. grad_output has neighbouring channels.
 #include <algorithm>
 
+#include "../budgets.h"
 #include "conv.h"
 #include "tile.h"
 
@@ -164,9 +165,11 @@ std::string refusal(const ConvInputGradParams& params, const DeviceTraits& trait
        params.grid.columns.out_bounds[params.grid.columns.patches]},
       elements, 16);
   if (!refused.empty()) return refused;
-  if (static_cast<int64_t>(shared_bytes(params)) > traits.shared_memory_bytes) {
-    return "the weights take " + std::to_string(shared_bytes(params)) + " bytes of shared memory, the device has " +
-           std::to_string(traits.shared_memory_bytes);
+  const int64_t most_bytes =
+      std::min(traits.shared_memory_bytes, shared_budget("first_layer::first_layer_input_grad_kernel"));
+  if (static_cast<int64_t>(shared_bytes(params)) > most_bytes) {
+    return "the weights take " + std::to_string(shared_bytes(params)) + " bytes of shared memory, more than " +
+           std::to_string(most_bytes);
   }
   return {};
 }

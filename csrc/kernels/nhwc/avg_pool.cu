@@ -57,7 +57,7 @@ struct Quotient {
       for (int i = 0; i < kCount; ++i) values[i] = 0.0f;
     } else if (reciprocal != 0.0f) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = values[i] * reciprocal;
+      for (int i = 0; i < kCount; ++i) values[i] = multiply_add(values[i], reciprocal, -0.0f);  // rounds by itself
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] = values[i] / divisor;

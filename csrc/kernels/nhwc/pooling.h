@@ -114,7 +114,7 @@ struct Tiles {
 // A thread that takes the same pixels of two parts of the channels works out once where they lie. Parts stay at least
 // 64 bytes long, and calls too small to fill a device keep all their threads.
 inline int32_t parts_of(int64_t items, int64_t vectors, int64_t bytes) {
-  constexpr int64_t kManyItems = 1 << 20;
+  constexpr int64_t kManyItems = 1 << 19;
   return items >= kManyItems && vectors % 2 == 0 && vectors / 2 * bytes >= 64 ? 2 : 1;
 }
 

@@ -104,6 +104,35 @@ void launch_clusters(void (*kernel)(Params), Dim3 grid, uint32_t cluster_blocks,
   check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), Params::kOperator, where);
 }
 
+// --- Kernels that follow each other -----------------------------------------------------------------
+
+// As launch, but the kernel may start before the stream's previous kernel ends, once that one has allowed it in every
+// block or is done: its start-up hides behind the other's end. Until wait_for_previous_kernel it touches no memory
+// that another kernel writes.
+template <class Params>
+void launch_following(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
+                      const Params& params, std::source_location where = std::source_location::current()) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), Params::kOperator, where);
+}
+SPLITKERN_DEVICE void allow_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Until the previous kernel has ended and what it wrote is visible.
+SPLITKERN_DEVICE void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // --- Tensor memory accelerator ----------------------------------------------------------------------
 // One thread issues. Loads complete on a barrier that expects their bytes (the whole box, also where it is
 // partly outside). Shared addresses are multiples of 128 bytes (1024 for 128-byte swizzle). The map lies in the

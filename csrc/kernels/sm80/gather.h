@@ -2,6 +2,7 @@
 // One struct serves both passes: the forward gathers inputs, the input gradient gathers output gradients.
 #pragma once
 
+#include "../budgets.h"
 #include "../launchers.h"
 #include "../paths.h"
 
@@ -9,7 +10,7 @@ namespace splitkern::kernels::sm80 {
 
 inline constexpr int32_t kMaxClasses = 8;                 // per axis and launch
 inline constexpr int32_t kMaxTaps = 16;                   // per axis: each a bit of half a word
-inline constexpr int64_t kGatherSharedBytes = 48 * 1024;  // of the largest tile
+inline constexpr int64_t kGatherSharedBytes = shared_budget("sm80::gather_kernel");
 
 // Destinations of one axis that share their taps. The forward has one class. For the input gradient the class of an
 // input is its (position + padding) mod stride: only the taps of that residue reach it, so that no multiplication

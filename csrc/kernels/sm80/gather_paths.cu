@@ -1,5 +1,6 @@
 // Forward and input gradient of the sm_80 path: from the parameters of a call to those of the gathering matrix
 // product, and the weights into the layout that it reads. Called through conv.h.
+#include "../budgets.h"
 #include "../plain/geometry.h"
 #include "conv.h"
 #include "gather.h"
@@ -35,6 +36,7 @@ template <class Bits>
 struct RepackShared {
   Bits tile[kRepackTile][kRepackTile + 1];  // one more: a column then touches every bank
 };
+static_assert(sizeof(RepackShared<uint32_t>) <= shared_budget("sm80::repack_kernel"));
 
 // One block takes a tile of rows and columns of one tap: reads along the shorter stride, writes along columns.
 template <class Bits>

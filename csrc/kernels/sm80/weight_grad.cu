@@ -1,4 +1,5 @@
 // Weight gradient of the sm_80 path: how the reduction is shared out, and the launches. Called through conv.h.
+#include "../budgets.h"
 #include "conv.h"
 #include "launching.h"
 #include "refusals.h"
@@ -13,7 +14,7 @@ constexpr TileModel kTileModels[] = {
     {TileSize::k64x128, 64, 128, 1.2},
     {TileSize::k64x64, 64, 64, 1.5},
 };
-constexpr int64_t kSharedBytes = 56 * 1024;  // of the largest tile
+constexpr int64_t kSharedBytes = shared_budget("sm80::weight_grad_kernel");
 constexpr int64_t kMaxSegments = 1024;
 // How many multiplications a multiprocessor does while one fp32 number crosses its share of the memory's bandwidth.
 constexpr double kMultiplicationsPerPartial = 512;

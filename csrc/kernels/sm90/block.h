@@ -25,22 +25,17 @@ struct Ring {
   }
 };
 
-// Both barriers of every stage, and the block (the cluster) waits until all of it sees them. Called by the whole block.
-// Every math warp of every block of the cluster gives a stage free.
-template <class Shared, int kStages, int kCluster>
+// Both barriers of every stage, and the block waits until all of it sees them. Called by the whole block.
+template <class Shared, int kStages>
 SPLITKERN_DEVICE void init_ring(Shared& shared) {
   if (thread_index() == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(shared.full[stage], 1);
-      barrier_init(shared.empty[stage], kCluster * kMathWarpgroups * kWarpgroupThreads / kWarpThreads);
+      barrier_init(shared.empty[stage], kMathWarpgroups * kWarpgroupThreads / kWarpThreads);
     }
     barrier_init_fence();
   }
-  if constexpr (kCluster == 1) {
-    block_barrier();
-  } else {
-    cluster_barrier();
-  }
+  block_barrier();
 }
 
 }  // namespace splitkern::kernels::sm90

@@ -25,6 +25,8 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
 // Negative: the model chooses. Set before the calls that it is meant for; plain process-wide values.
 struct Tuning {
   int32_t gemm_tile = -1;             // index into kGemmTiles
+  int32_t lag = -1;                   // see GemmTile
+  int32_t window = -1;                // 1: the window kernels wherever they can, 0: never
   int32_t weight_grad_tile = -1;      // index into kWeightGradTiles
   int32_t weight_grad_segments = -1;  // shares of the reduction
 };
@@ -32,6 +34,5 @@ Tuning& tuning();
 
 }  // namespace splitkern::kernels::sm90
 
-// Sets the tuning from outside the library; see Tuning.
-extern "C" __attribute__((visibility("default"))) void splitkern_tune_sm90(int32_t gemm_tile, int32_t weight_grad_tile,
-                                                                           int32_t weight_grad_segments);
+// Sets one member of Tuning, by its name, from outside the library. Returns 0, or 1 for a name that it does not have.
+extern "C" __attribute__((visibility("default"))) int splitkern_tune_sm90(const char* knob, int32_t value);

@@ -2,7 +2,10 @@
 // which tile is used. Called by conv_forward.cu and conv_input_grad.cu.
 #include "conv_gemm.h"
 
+#include <string_view>
+
 #include "pack_weights.h"
+#include "window.h"
 
 namespace splitkern::kernels::sm90 {
 
@@ -39,38 +42,38 @@ std::string pixels_refusal(const AxisWalk& rows, const AxisWalk& columns, int64_
   return "a patch has " + std::to_string(pixels) + " pixels, over 2^30";
 }
 
-int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors) {
-  if (tuning().gemm_tile >= 0) return tuning().gemm_tile;
-  constexpr double kMultipliesPerCycle = 2048;  // of one multiprocessor's tensor cores, 16-bit operands
-  constexpr double kSharedBytesPerCycle = 128;
-  constexpr double kL2BytesPerCycle = 40;  // of one multiprocessor, all of them reading
-  constexpr double kCyclesPerTile = 1200;  // epilogue and pipeline fill
+double predicted_cycles(const GemmCall& call, const std::vector<GemmProblem>& problems, double computing) {
+  constexpr double kBytesPerCycle = 3200;  // of the whole device
+  constexpr double kOverlap = 1.64;        // 1: moving and computing take turns; infinite: the longer hides the other
+  double bytes = 0;
+  for (const GemmProblem& problem : problems) {
+    bytes += static_cast<double>(problem.pixels(call.images)) * call.channels;
+    if (problem.taps() == 0) continue;
+    // Neighbouring windows share what they read; a stride beyond the window leaves some out.
+    bytes +=
+        static_cast<double>(std::min(problem.rows.operand_extent, problem.rows.outputs * problem.rows.step)) *
+        static_cast<double>(std::min(problem.columns.operand_extent, problem.columns.outputs * problem.columns.step)) *
+        call.images * call.reduction_channels;
+  }
+  const double moving = bytes * kElementBytes / kBytesPerCycle;
+  return std::pow(std::pow(computing, kOverlap) + std::pow(moving, kOverlap), 1 / kOverlap);
+}
+
+TileChoice choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors) {
   const double blocks = static_cast<double>(ceil_divide(call.reduction_channels, kReductionBlock));
-  int32_t best = 0;
-  double best_cycles = 0;
+  TileChoice best{-1, 0};
   for (int32_t i = 0; i < kGemmTileCount; ++i) {
     const GemmTile& tile = kGemmTiles[i];
-    const double columns = tile.swapped ? (tile.channels == 64 ? tile.pixels / 2 : tile.pixels) : tile.channels;
-    const double loaded = (tile.pixels + tile.channels) * 2.0 * kReductionBlock;
-    const double read = kMathWarpgroups * (64 + columns) * 2.0 * kReductionBlock;
-    const double fetched = (tile.pixels + static_cast<double>(tile.channels) / tile.cluster) * 2.0 * kReductionBlock;
-    const double cycles_per_block =
-        std::max({static_cast<double>(tile.pixels) * tile.channels * kReductionBlock / kMultipliesPerCycle,
-                  (loaded + read) / kSharedBytesPerCycle, fetched / kL2BytesPerCycle});
     double tiles = 0;
     double cycles = 0;
     for (const GemmProblem& problem : problems) {
-      const double these = static_cast<double>(ceil_divide(problem.pixels(call.images), tile.pixels * tile.cluster) *
-                                               tile.cluster * ceil_divide(call.channels, tile.channels));
+      const double these = static_cast<double>(ceil_divide(problem.pixels(call.images), tile.pixels) *
+                                               ceil_divide(call.channels, tile.channels));
       tiles += these;
-      cycles += these * (static_cast<double>(problem.taps()) * blocks * cycles_per_block + kCyclesPerTile);
+      cycles += these * (static_cast<double>(problem.taps()) * blocks * tile.cycles_per_block + tile.cycles_per_tile);
     }
-    const double waves = std::ceil(tiles / multiprocessors);
-    const double total = waves * (cycles / tiles);
-    if (i == 0 || total < best_cycles) {
-      best = i;
-      best_cycles = total;
-    }
+    const double total = predicted_cycles(call, problems, std::ceil(tiles / multiprocessors) * cycles / tiles);
+    if (best.tile < 0 || total < best.cycles) best = {i, total};
   }
   return best;
 }
@@ -93,10 +96,17 @@ const void* weights_for_maps(const void* weight, const Strides4& strides, const 
 
 void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream) {
+  const TileChoice choice = choose_gemm_tile(call, problems, multiprocessors);
+  if (tuning().gemm_tile < 0 && tuning().window != 0) {
+    const double window = window_cycles(call, problems, multiprocessors);  // infinite where it does not take the call
+    if (window < choice.cycles || (tuning().window == 1 && std::isfinite(window))) {
+      return launch_window(input_grad, call, problems, multiprocessors, stream);
+    }
+  }
+  const int32_t tile = tuning().gemm_tile >= 0 ? tuning().gemm_tile : choice.tile;
   // Long tiles first, so that the last wave is one of short ones.
   std::stable_sort(problems.begin(), problems.end(),
                    [](const GemmProblem& a, const GemmProblem& b) { return a.taps() > b.taps(); });
-  const int32_t tile = choose_gemm_tile(call, problems, multiprocessors);
   const bool half = call.type == ElementType::kFloat16;
   if (input_grad) {
     half ? launch_gemm_tile<Half, true>(tile, call, problems, multiprocessors, stream)
@@ -109,6 +119,21 @@ void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmPro
 
 }  // namespace splitkern::kernels::sm90
 
-extern "C" void splitkern_tune_sm90(int32_t gemm_tile, int32_t weight_grad_tile, int32_t weight_grad_segments) {
-  splitkern::kernels::sm90::tuning() = {gemm_tile, weight_grad_tile, weight_grad_segments};
+extern "C" int splitkern_tune_sm90(const char* knob, int32_t value) {
+  splitkern::kernels::sm90::Tuning& tuning = splitkern::kernels::sm90::tuning();
+  struct Knob {
+    const char* name;
+    int32_t& member;
+  };
+  const Knob knobs[] = {{"gemm_tile", tuning.gemm_tile},
+                        {"lag", tuning.lag},
+                        {"window", tuning.window},
+                        {"weight_grad_tile", tuning.weight_grad_tile},
+                        {"weight_grad_segments", tuning.weight_grad_segments}};
+  for (const Knob& candidate : knobs) {
+    if (std::string_view(candidate.name) != knob) continue;
+    candidate.member = value;
+    return 0;
+  }
+  return 1;
 }

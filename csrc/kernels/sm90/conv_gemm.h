@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../budgets.h"
 #include "block.h"
 #include "conv.h"
 #include "geometry.h"
@@ -24,15 +25,18 @@ struct GemmTile {
   bool swapped;
   int stages;
   int store_rounds;  // parts of the tile that pass through the staging buffer one after another
-  // Blocks of a cluster: neighbouring tiles of pixels whose weights are loaded once, each block fetching a share for
-  // all, because L2 cannot feed every multiprocessor's tensor cores alone.
-  int cluster;
+  // What a tile takes on an H200, fitted to measurements of the layers of VGG-19 and ResNet-50: per 64 reduction
+  // channels of a tap, and once for its end.
+  double cycles_per_block;
+  double cycles_per_tile;
+  int lag;  // stages by which the second warpgroup follows the first
 };
 
 inline constexpr GemmTile kGemmTiles[] = {
-    {128, 256, false, 4, 2, 1}, {256, 128, true, 4, 2, 1}, {192, 128, true, 4, 1, 1},  {128, 128, true, 6, 1, 1},
-    {384, 64, true, 3, 1, 1},   {256, 64, true, 4, 1, 1},  {128, 256, false, 4, 2, 2}, {256, 128, true, 4, 2, 2},
-    {192, 128, true, 4, 1, 2},  {128, 128, true, 6, 1, 2},
+    {128, 256, false, 4, 2, 1203, 3860, 1}, {256, 128, true, 4, 2, 1230, 2900, 1},
+    {192, 128, true, 4, 1, 924, 2140, 1},   {128, 128, true, 6, 1, 605, 2250, 2},
+    {128, 256, false, 3, 1, 1250, 3000, 0}, {256, 64, true, 4, 1, 724, 1400, 1},
+    {256, 128, true, 3, 1, 1280, 2500, 0},
 };
 inline constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 
@@ -46,7 +50,6 @@ struct GemmTraits {
   static constexpr int kChannels = kTile.channels;
   static constexpr int kStages = kTile.stages;
   static constexpr int kRounds = kTile.store_rounds;
-  static constexpr int kCluster = kTile.cluster;
   // Each warpgroup takes half the pixels, or half the channels.
   static constexpr bool kSplitPixels = !kSwapped || kChannels == 64;
   static constexpr int kWarpgroupPixels = kSplitPixels ? kPixels / kMathWarpgroups : kPixels;
@@ -61,8 +64,6 @@ struct GemmTraits {
   static constexpr int kOperandBytes = kPixels * 128;
   static constexpr int kWeightBytes = kChannels * 128;
   static constexpr int kStageBytes = kOperandBytes + kWeightBytes;
-  static constexpr int kWeightShare = kChannels / kCluster;  // channels that a block loads for its cluster
-  static_assert(kCluster == 1 || kWeightShare % 64 == 0);
   static constexpr int kStagingBytes = kStorePixels * 128 * kStoreBlocks;
 };
 
@@ -77,18 +78,10 @@ struct GemmShared {
   float bias[kMathWarpgroups][Traits::kWarpgroupChannels];
   Barrier full[Traits::kStages];
   Barrier empty[Traits::kStages];
+  Barrier lead;  // the first warpgroup has begun
 };
 
-template <class Traits>
-SPLITKERN_DEVICE int32_t block_of_cluster() {
-  if constexpr (Traits::kCluster == 1) {
-    return 0;
-  } else {
-    return static_cast<int32_t>(cluster_rank());
-  }
-}
-
-// Tiles are numbered per cluster. Tile numbers of a block only grow, so the sub-problem is found by going forward.
+// Tile numbers of a block only grow, so the sub-problem is found by going forward.
 struct TilePosition {
   int32_t sub_problem = 0;
   int32_t pixel = 0;
@@ -102,30 +95,8 @@ SPLITKERN_DEVICE void locate(const Params& params, int32_t tile, TilePosition& p
   }
   const int32_t local = tile - params.sub_problem[position.sub_problem].first_tile;
   const int32_t pixel_tile = local / params.channel_tiles;
-  position.pixel = (pixel_tile * Traits::kCluster + block_of_cluster<Traits>()) * Traits::kPixels;
+  position.pixel = pixel_tile * Traits::kPixels;
   position.channel = (local - pixel_tile * params.channel_tiles) * Traits::kChannels;
-}
-
-// The block's share of a stage's weights, for every block of the cluster.
-template <class Traits, class Params>
-SPLITKERN_DEVICE void load_weights(const Params& params, unsigned char* destination, Barrier& full, int32_t channel,
-                                   int32_t tap, int32_t reduction) {
-  const int32_t first = block_of_cluster<Traits>() * Traits::kWeightShare;
-  const auto load = [&](int32_t from, int32_t x, int32_t z) {
-    if constexpr (Traits::kCluster == 1) {
-      tma_load_3d(destination + from * 128, params.weights, full, x, tap, z);
-    } else {
-      tma_load_3d_multicast(destination + from * 128, params.weights, full, x, tap, z, (1 << Traits::kCluster) - 1);
-    }
-  };
-  if constexpr (Traits::kInputGrad) {
-    unrolled<Traits::kWeightShare / 64>([&](auto box) {
-      const int32_t from = first + box * 64;
-      load(from, channel + from, reduction);
-    });
-  } else {
-    load(first, reduction, channel + first);
-  }
 }
 
 // The producer's thread: fills stages in the order in which the math warpgroups empty them.
@@ -134,11 +105,23 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
   prefetch_map(params.weights);
   Ring<Traits::kStages> ring;
   TilePosition position;
-  const int32_t stride = static_cast<int32_t>(grid_extent().x) / Traits::kCluster;
-  for (int32_t tile = static_cast<int32_t>(block_index().x) / Traits::kCluster; tile < params.tiles; tile += stride) {
+  int32_t prefetched = -1;  // sub-problem whose maps are on their way
+  const int32_t stride = static_cast<int32_t>(grid_extent().x);
+  for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles; tile += stride) {
     locate<Traits>(params, tile, position);
     const SubProblem& problem = params.sub_problem[position.sub_problem];
     const TensorMap& operand = params.operand[position.sub_problem];
+    if (position.sub_problem > prefetched) {
+      prefetch_map(params.output[position.sub_problem]);
+      prefetched = position.sub_problem;
+    }
+    TilePosition next = position;
+    if (tile + stride < params.tiles) locate<Traits>(params, tile + stride, next);
+    if (next.sub_problem > prefetched) {
+      prefetch_map(params.operand[next.sub_problem]);
+      prefetch_map(params.output[next.sub_problem]);
+      prefetched = next.sub_problem;
+    }
     constexpr int kBoxes = Traits::kPixels / Traits::kLoadPixels;
     int32_t column[kBoxes];
     int32_t row[kBoxes];
@@ -146,7 +129,7 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
     unrolled<kBoxes>([&](auto box) {
       int32_t pixel = position.pixel + box * Traits::kLoadPixels;
       // A box wholly behind the last pixel is never stored: load any.
-      if (pixel >= problem.pixels) pixel = 0;
+      if (pixel >= problem.pixels) pixel = position.pixel;
       const int32_t line = pixel / problem.columns;
       image[box] = line / problem.rows;
       row[box] = problem.lower_row + (line - image[box] * problem.rows) * problem.row_step;
@@ -169,7 +152,14 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
             tma_load_im2col(stage.operand + box * Traits::kLoadPixels * 128, operand, full, reduction, column[box],
                             row[box], image[box], column_offset, row_offset);
           });
-          load_weights<Traits>(params, stage.weights, full, position.channel, tap, reduction);
+          if constexpr (Traits::kInputGrad) {
+            unrolled<Traits::kChannels / 64>([&](auto columns) {
+              tma_load_3d(stage.weights + columns * 8192, params.weights, full, position.channel + columns * 64, tap,
+                          reduction);
+            });
+          } else {
+            tma_load_3d(stage.weights, params.weights, full, reduction, tap, position.channel);
+          }
           ring.next();
         }
       }
@@ -177,8 +167,9 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
   }
 }
 
-// One warpgroup's part of a tile from its accumulators to the output tensor, through its staging buffer.
-template <class Traits, class Params>
+// One warpgroup's part of a tile from its accumulators to the output tensor, through its staging buffer. kPlain: there
+// is neither bias nor activation, which saves most of the instructions.
+template <class Traits, bool kPlain, class Params>
 SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& shared, const TilePosition& position,
                                  uint32_t warpgroup, uint32_t thread, const float (&sums)[Traits::kColumns / 2]) {
   using T = typename Traits::T;
@@ -208,15 +199,15 @@ SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& share
         constexpr int kHigh = matrix % 2;
         constexpr int kWide = matrix / 2;
         constexpr int kSum = (kColumn + 8 * kWide) / 2 + 2 * kHigh;
-        float low_bias;
-        float high_bias;
-        if constexpr (Traits::kSwapped) {
-          low_bias = high_bias = bias[16 * warp + 8 * kHigh + lane / 4];
+        if constexpr (kPlain) {
+          registers[matrix] = pack2<T>(sums[kSum], sums[kSum + 1]);
+        } else if constexpr (Traits::kSwapped) {
+          const float both = bias[16 * warp + 8 * kHigh + lane / 4];
+          registers[matrix] = pack2<T>(finish(sums[kSum], both), finish(sums[kSum + 1], both));
         } else {
-          low_bias = bias[kColumn + 8 * kWide + 2 * (lane % 4)];
-          high_bias = bias[kColumn + 8 * kWide + 2 * (lane % 4) + 1];
+          const float* pair = bias + kColumn + 8 * kWide + 2 * (lane % 4);
+          registers[matrix] = pack2<T>(finish(sums[kSum], pair[0]), finish(sums[kSum + 1], pair[1]));
         }
-        registers[matrix] = pack2<T>(finish(sums[kSum], low_bias), finish(sums[kSum + 1], high_bias));
       });
       const uint32_t high = lane / 8 % 2;
       const uint32_t wide = lane / 16;
@@ -263,28 +254,25 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
   constexpr uint32_t kStepA = kTransposedA ? 2048 : 32;
   constexpr uint32_t kStepB = kTransposedB ? 2048 : 32;
   const uint32_t thread = thread_index() % kWarpgroupThreads;
-  // A stage may be filled again when no warp of the cluster reads it: weights arrive from every block.
-  const uint32_t lane = thread % kWarpThreads;
-  const auto release = [&](uint32_t stage) {
-    if constexpr (Traits::kCluster == 1) {
-      if (lane == 0) barrier_arrive(shared.empty[stage]);
-    } else {
-      if (lane < Traits::kCluster) barrier_arrive_cluster(shared.empty[stage], lane);
-    }
-  };
+  const bool arrives = thread % kWarpThreads == 0;
   const uint32_t operand_offset = Traits::kSplitPixels ? warpgroup * Traits::kWarpgroupPixels * 128 : 0;
+  const bool plain = Traits::kInputGrad || (params.bias == nullptr && !params.relu);
   const uint32_t weight_offset = Traits::kSplitPixels ? 0 : warpgroup * Traits::kWarpgroupChannels * 128;
+
+  // The second warpgroup stays some stages behind the first, so that one multiplies while the other stores.
+  int32_t lead = warpgroup == 0 ? params.lag : 0;
+  if (warpgroup == 1 && params.lag > 0) barrier_wait(shared.lead, 0);
 
   Ring<Traits::kStages> ring;
   TilePosition position;
-  const int32_t stride = static_cast<int32_t>(grid_extent().x) / Traits::kCluster;
-  for (int32_t tile = static_cast<int32_t>(block_index().x) / Traits::kCluster; tile < params.tiles; tile += stride) {
+  const int32_t stride = static_cast<int32_t>(grid_extent().x);
+  for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles; tile += stride) {
     locate<Traits>(params, tile, position);
     const SubProblem& problem = params.sub_problem[position.sub_problem];
     const int32_t iterations = problem.row_taps.taps * problem.column_taps.taps * params.reduction_blocks;
 
     // Read after the first barrier of store_tile. The last tile's reads are over: store_tile ends with a barrier.
-    for (uint32_t i = thread; i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
+    for (uint32_t i = thread; !plain && i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
       const int32_t channel = position.channel + static_cast<int32_t>(i) +
                               (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
       shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
@@ -313,14 +301,21 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
       wgmma_commit();
       if (iteration > 0) {
         wgmma_wait<1>();  // the products of the stage before are done
-        release(previous);
+        if (arrives) barrier_arrive(shared.empty[previous]);
       }
       previous = ring.index;
       ring.next();
+      if (lead != 0 && --lead == 0 && thread == 0) barrier_arrive(shared.lead);
     }
+    if (lead != 0 && thread == 0) barrier_arrive(shared.lead);
+    lead = 0;
     wgmma_wait<0>();
-    if (iterations > 0) release(previous);
-    store_tile<Traits>(params, shared, position, warpgroup, thread, sums);
+    if (iterations > 0 && arrives) barrier_arrive(shared.empty[previous]);
+    if (plain) {
+      store_tile<Traits, true>(params, shared, position, warpgroup, thread, sums);
+    } else {
+      store_tile<Traits, false>(params, shared, position, warpgroup, thread, sums);
+    }
   }
   if (thread == 0) tma_store_wait<0>();
 }
@@ -329,9 +324,10 @@ template <class Traits>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     conv_gemm_kernel(const __grid_constant__ GemmParams<Traits::kInputGrad> params) {
   using Shared = GemmShared<Traits>;
-  static_assert(sizeof(Shared) <= kSharedBytes);
+  static_assert(sizeof(Shared) <= shared_budget("sm90::conv_gemm_kernel"));
   Shared& shared = dynamic_shared<Shared>();
-  init_ring<Shared, Traits::kStages, Traits::kCluster>(shared);
+  if (thread_index() == 0) barrier_init(shared.lead, 1);
+  init_ring<Shared, Traits::kStages>(shared);
   const uint32_t warp = warp_index();
   if (warp < kWarpgroupThreads / kWarpThreads) {
     release_registers<40>();
@@ -339,11 +335,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     claim_registers<232>();
     multiply_tiles<Traits>(params, shared, warp / (kWarpgroupThreads / kWarpThreads) - 1);
-  }
-  if constexpr (Traits::kCluster > 1) {
-    // The others may still write into this block's shared memory, or arrive at its barriers.
-    warp_barrier();
-    cluster_barrier();
   }
 }
 
@@ -370,6 +361,24 @@ struct GemmCall {
   WeightLayout layout;
 };
 
+// Boxes of one tap, 64 input channels and `box_out_channels` output channels.
+inline TiledMap weight_map(const GemmCall& call, int32_t box_out_channels) {
+  TiledMap map{};
+  map.type = call.type;
+  map.base = call.weights;
+  map.rank = 3;
+  map.extents[0] = call.in_channels;
+  map.extents[1] = call.taps;
+  map.extents[2] = call.out_channels;
+  map.strides_bytes[0] = call.layout.tap_stride * kElementBytes;
+  map.strides_bytes[1] = call.layout.out_channel_stride * kElementBytes;
+  map.box[0] = 64;
+  map.box[1] = 1;
+  map.box[2] = box_out_channels;
+  map.swizzle = Swizzle::k128Bytes;
+  return map;
+}
+
 struct GemmProblem {
   AxisWalk rows;
   AxisWalk columns;
@@ -387,23 +396,12 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
   params.reduction_blocks = static_cast<int32_t>(ceil_divide(call.reduction_channels, kReductionBlock));
   params.kernel_columns = call.kernel_columns;
   params.relu = call.relu;
+  params.lag = tuning().lag >= 0 ? std::min(tuning().lag, Traits::kStages - 1) : Traits::kTile.lag;
   params.bias_stride = call.bias_stride;
   params.bias = call.bias;
 
-  TiledMap weights{};
-  weights.type = call.type;
-  weights.base = call.weights;
-  weights.rank = 3;
-  weights.extents[0] = call.in_channels;
-  weights.extents[1] = call.taps;
-  weights.extents[2] = call.out_channels;
-  weights.strides_bytes[0] = call.layout.tap_stride * kElementBytes;
-  weights.strides_bytes[1] = call.layout.out_channel_stride * kElementBytes;
-  weights.box[0] = 64;
-  weights.box[1] = 1;
-  weights.box[2] = Traits::kInputGrad ? kReductionBlock : Traits::kWeightShare;
-  weights.swizzle = Swizzle::k128Bytes;
-  params.weights = encode(weights, Params::kOperator);
+  params.weights =
+      encode(weight_map(call, Traits::kInputGrad ? kReductionBlock : Traits::kChannels), Params::kOperator);
 
   for (size_t first = 0; first < problems.size(); first += kMaxSubProblems) {
     params.sub_problems = static_cast<int32_t>(std::min<size_t>(problems.size() - first, kMaxSubProblems));
@@ -424,8 +422,7 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
                                 static_cast<int32_t>(rows.tap_step), static_cast<int32_t>(rows.offset_step)},
                                {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
                                 static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
-      params.tiles +=
-          static_cast<int32_t>(ceil_divide(pixels, Traits::kPixels * Traits::kCluster)) * params.channel_tiles;
+      params.tiles += static_cast<int32_t>(ceil_divide(pixels, Traits::kPixels)) * params.channel_tiles;
       params.operand[i] = encode(operand_map(call.type, call.operand, call.operand_strides, call.reduction_channels,
                                              call.images, rows, columns, Traits::kLoadPixels),
                                  Params::kOperator);
@@ -433,16 +430,9 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
                                            rows, columns, Traits::kStorePixels),
                                 Params::kOperator);
     }
-    const unsigned blocks =
-        static_cast<unsigned>(std::min(params.tiles, multiprocessors / Traits::kCluster)) * Traits::kCluster;
-    const Dim3 grid{blocks, 1, 1};
-    const Dim3 block{kBlockThreads, 1, 1};
-    if constexpr (Traits::kCluster == 1) {
-      kernels::launch(&conv_gemm_kernel<Traits>, grid, block, sizeof(GemmShared<Traits>), stream, params);
-    } else {
-      launch_clusters(&conv_gemm_kernel<Traits>, grid, Traits::kCluster, block, sizeof(GemmShared<Traits>), stream,
-                      params);
-    }
+    const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
+    kernels::launch(&conv_gemm_kernel<Traits>, Dim3{blocks, 1, 1}, Dim3{kBlockThreads, 1, 1},
+                    sizeof(GemmShared<Traits>), stream, params);
   }
 }
 
@@ -460,8 +450,16 @@ const void* weights_for_maps(const void* weight, const Strides4& strides, const 
 void launch_gemm_call(bool input_grad, const GemmCall& call, std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream);
 
-// The tile with the least predicted time: whole waves of tiles, each as long as the slowest of products,
-// shared-memory and L2 traffic, plus what a tile costs outside its main loop.
-int32_t choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
+// Cycles of the device for a call whose products and stores take `computing` where memory does not limit them; what
+// it moves to and from memory overlaps with that in part. Fitted to the same measurements as kGemmTiles.
+double predicted_cycles(const GemmCall& call, const std::vector<GemmProblem>& problems, double computing);
+
+struct TileChoice {
+  int32_t tile;
+  double cycles;
+};
+
+// The tile with the least predicted time: whole waves of tiles.
+TileChoice choose_gemm_tile(const GemmCall& call, const std::vector<GemmProblem>& problems, int32_t multiprocessors);
 
 }  // namespace splitkern::kernels::sm90

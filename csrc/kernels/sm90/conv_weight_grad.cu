@@ -5,9 +5,11 @@
 #include <cmath>
 #include <utility>
 
+#include "../budgets.h"
 #include "../dispatch.h"
 #include "conv_weight_grad_kernel.h"
 #include "refusals.h"
+#include "window_weight_grad.h"
 
 namespace splitkern::kernels::sm90 {
 namespace {
@@ -18,12 +20,14 @@ constexpr int kReduceTaps = 16;  // of a block at most
 struct ReduceShared {
   uint16_t elements[64][kReduceTaps + 1];
 };
+static_assert(sizeof(ReduceShared) <= shared_budget("sm90::weight_grad_reduce_kernel"));
 
 // A block sums 64 in-channels of one out channel; reads follow the channels, writes follow the taps, the fastest index
 // of an OIHW weight.
 template <class T>
 __global__ void weight_grad_reduce_kernel(const __grid_constant__ WeightGradReduceParams params) {
   ReduceShared& shared = dynamic_shared<ReduceShared>();
+  wait_for_previous_kernel();
   const int32_t thread = static_cast<int32_t>(thread_index());
   const int32_t out_channel = static_cast<int32_t>(block_index().x);
   const int32_t first_channel = static_cast<int32_t>(block_index().y) * 64;
@@ -90,7 +94,8 @@ struct Plan {
   int32_t tile;
   int32_t row_tiles;
   int32_t column_tiles;
-  int32_t sums;  // arrays of partial sums in all
+  int32_t sums;   // arrays of partial sums in all
+  double cycles;  // of a multiprocessor, predicted
   std::vector<Part> parts;
 };
 
@@ -116,18 +121,25 @@ std::vector<Part> parts_of(const ConvWeightGradParams& params, int32_t pixels_pe
   return parts;
 }
 
-// The tile and the segments with the least predicted time: whole waves of items, each as long as the slowest of
-// products, shared-memory and L2 traffic, plus what writing, reading and adding the partial sums costs.
+// The tile and the segments with the least predicted time: whole waves of items, beside them what is moved to and from
+// memory, then what writing, reading and adding the partial sums costs. Fitted to the same measurements as the tiles.
 Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
-  constexpr double kMultipliesPerCycle = 2048;
-  constexpr double kSharedBytesPerCycle = 128;
-  constexpr double kL2BytesPerCycle = 40;
-  constexpr double kCyclesPerItem = 3000;        // filling the pipeline and writing the sums
-  constexpr double kReduceBytesPerCycle = 2000;  // of the whole device
+  constexpr double kL2BytesPerCycle = 48;        // of one multiprocessor, all of them reading
+  constexpr double kCyclesPerItem = 2000;        // filling the pipeline and writing the sums
+  constexpr double kReduceBytesPerCycle = 1590;  // of the whole device
+  constexpr double kMemoryBytesPerCycle = 1260;
+  constexpr double kOverlap = 2.7;  // see predicted_cycles
+  const PatchGrid& grid = params.grid;
+  const double moving =
+      kElementBytes * params.batch *
+      (static_cast<double>(grid.rows.out_bounds[grid.rows.patches] - grid.rows.out_bounds[0]) *
+           (grid.columns.out_bounds[grid.columns.patches] - grid.columns.out_bounds[0]) * params.out_channels +
+       static_cast<double>(grid.rows.in_bounds[grid.rows.patches] - grid.rows.in_bounds[0]) *
+           (grid.columns.in_bounds[grid.columns.patches] - grid.columns.in_bounds[0]) * params.in_channels_per_group) /
+      kMemoryBytesPerCycle;
   const int32_t blocks = taps_of(params) * static_cast<int32_t>(ceil_divide(params.in_channels_per_group, 64));
   const double sum_bytes = 4.0 * params.out_channels * taps_of(params) * params.in_channels_per_group;
   Plan best{};
-  double best_cycles = 0;
   for (int32_t index = 0; index < kWeightGradTileCount; ++index) {
     if (tuning().weight_grad_tile >= 0 && tuning().weight_grad_tile != index) continue;
     const WeightGradTile& tile = kWeightGradTiles[index];
@@ -141,9 +153,7 @@ Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
     const double loaded = (ceil_divide(params.out_channels, 64) * 1.0 / plan.row_tiles +
                            static_cast<double>(blocks) / plan.column_tiles) *
                           128 * stage_pixels;
-    const double read = (tile.split_reduction ? 1 : 2) * (64 + tile.blocks * 64) * 2.0 * stage_pixels;
-    const double cycles_per_chunk = std::max({tile.out_channels * tile.blocks * 64 * stage_pixels / kMultipliesPerCycle,
-                                              (loaded + read) / kSharedBytesPerCycle, loaded / kL2BytesPerCycle});
+    const double cycles_per_chunk = std::max(tile.cycles_per_stage, loaded / kL2BytesPerCycle);
     double total = 0;
     for (Part& part : plan.parts) {
       double part_cycles = 0;
@@ -152,9 +162,11 @@ Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
         segments = std::min(segments, part.chunks);
         if (tuning().weight_grad_segments > 0) segments = std::min(tuning().weight_grad_segments, part.chunks);
         const double rounds = static_cast<double>(ceil_divide(static_cast<int64_t>(tiles) * segments, multiprocessors));
-        const double cycles =
-            rounds * (static_cast<double>(ceil_divide(part.chunks, segments)) * cycles_per_chunk + kCyclesPerItem) +
-            2.0 * segments * sums_per_segment(tile) * sum_bytes / kReduceBytesPerCycle;
+        const double products =
+            rounds * (static_cast<double>(ceil_divide(part.chunks, segments)) * cycles_per_chunk + kCyclesPerItem);
+        const double parts_share = moving / static_cast<double>(plan.parts.size());
+        const double cycles = std::pow(std::pow(products, kOverlap) + std::pow(parts_share, kOverlap), 1 / kOverlap) +
+                              2.0 * segments * sums_per_segment(tile) * sum_bytes / kReduceBytesPerCycle;
         if (waves == 1 || cycles < part_cycles) {
           part_cycles = cycles;
           part.segments = segments;
@@ -163,10 +175,8 @@ Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
       total += part_cycles;
       plan.sums += part.segments * sums_per_segment(tile);
     }
-    if (best.parts.empty() || total < best_cycles) {
-      best = plan;
-      best_cycles = total;
-    }
+    plan.cycles = total;
+    if (best.parts.empty() || total < best.cycles) best = plan;
   }
   if (best.parts.empty()) {
     throw std::runtime_error(std::string(params.kOperator) + ": the Hopper weight gradient has tiles 0 to " +
@@ -222,6 +232,18 @@ void launch_part(const ConvWeightGradParams& params, const Plan& plan, const Par
 
 }  // namespace
 
+namespace {
+
+// Measured on an H200 over 3x3 layers of VGG-19 and ResNet-50: see conv_gemm.cu.
+bool takes_window_kernel(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  if (tuning().window == 0 || tuning().weight_grad_tile >= 0) return false;
+  const std::optional<double> cycles = window_weight_grad_cycles(params, traits);
+  if (!cycles.has_value()) return false;
+  return tuning().window == 1 || 1.2 * *cycles + 14000 < plan_of(params, traits.multiprocessors).cycles;
+}
+
+}  // namespace
+
 std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& traits) {
   const AxisPatches& rows = params.grid.rows;
   const AxisPatches& columns = params.grid.columns;
@@ -254,11 +276,13 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
 }
 
 int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& traits) {
+  if (takes_window_kernel(params, traits)) return window_weight_grad_workspace_bytes(params, traits);
   return int64_t{4} * plan_of(params, traits.multiprocessors).sums * params.out_channels * taps_of(params) *
          params.in_channels_per_group;
 }
 
 void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
+  if (takes_window_kernel(params, traits)) return launch_window_weight_grad(params, traits, workspace, stream);
   const Plan plan = plan_of(params, traits.multiprocessors);
   const int64_t weights = static_cast<int64_t>(params.out_channels) * taps_of(params) * params.in_channels_per_group;
   float* partial_sums = static_cast<float*>(workspace);
@@ -285,8 +309,8 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
                   static_cast<unsigned>(ceil_divide(reduce.in_channels, 64)),
                   static_cast<unsigned>(ceil_divide(reduce.taps, reduce.taps_per_block))};
   const auto launch_reduce = [&](auto tag) {
-    kernels::launch(&weight_grad_reduce_kernel<typename decltype(tag)::Type>, grid, Dim3{kReduceThreads, 1, 1},
-                    sizeof(ReduceShared), stream, reduce);
+    launch_following(&weight_grad_reduce_kernel<typename decltype(tag)::Type>, grid, Dim3{kReduceThreads, 1, 1},
+                     sizeof(ReduceShared), stream, reduce);
   };
   if (params.type == ElementType::kFloat16) {
     launch_reduce(TypeTag<Half>{});

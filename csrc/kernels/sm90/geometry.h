@@ -189,6 +189,39 @@ inline Im2colMap output_map(ElementType type, const void* base, const Strides4& 
   return map;
 }
 
+// Of the element of channel 0 and image 0 there.
+inline const void* address_of(const void* base, const Strides4& strides, int64_t row, int64_t column) {
+  return static_cast<const unsigned char*>(base) + (row * strides.row + column * strides.column) * kElementBytes;
+}
+
+// A patch of an NHWC tensor from `base` on, to be moved in boxes of 64 channels, rows and columns.
+inline TiledMap box_map(ElementType type, const void* base, const Strides4& strides, int32_t channels, int32_t images,
+                        int64_t rows, int64_t columns, int32_t box_rows, int32_t box_columns) {
+  Im2colMap extents{};
+  extents.channels = channels;
+  extents.columns = static_cast<int32_t>(columns);
+  extents.rows = static_cast<int32_t>(rows);
+  extents.images = images;
+  set_strides(extents, strides, 1, 1);
+  TiledMap map{};
+  map.type = type;
+  map.base = base;
+  map.rank = 4;
+  map.extents[0] = channels;
+  map.extents[1] = extents.columns;
+  map.extents[2] = extents.rows;
+  map.extents[3] = images;
+  map.strides_bytes[0] = extents.column_stride_bytes;
+  map.strides_bytes[1] = extents.row_stride_bytes;
+  map.strides_bytes[2] = extents.image_stride_bytes;
+  map.box[0] = 64;
+  map.box[1] = box_columns;
+  map.box[2] = box_rows;
+  map.box[3] = 1;
+  map.swizzle = Swizzle::k128Bytes;
+  return map;
+}
+
 // --- Weights --------------------------------------------------------------------------------------------
 
 // Whether the weights lie as [output channel][tap][input channel] with strides that a tensor map takes.

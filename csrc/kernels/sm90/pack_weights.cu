@@ -2,6 +2,7 @@
 // follow the taps (OIHW's fastest index) and writes follow the channels.
 #include "pack_weights.h"
 
+#include "../budgets.h"
 #include "../primitives.h"
 
 namespace splitkern::kernels::sm90 {
@@ -14,6 +15,7 @@ constexpr int kPackTaps = 32;
 struct PackShared {
   uint16_t elements[kPackTaps][kPackChannels + 2];  // two more: columns fall into different banks
 };
+static_assert(sizeof(PackShared) <= shared_budget("sm90::pack_weights_kernel"));
 
 __global__ void pack_weights_kernel(const __grid_constant__ PackWeightsParams params) {
   PackShared& shared = dynamic_shared<PackShared>();

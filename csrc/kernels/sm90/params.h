@@ -33,7 +33,9 @@ struct SubProblem {
   TapWalk column_taps;
 };
 
-inline constexpr int kMaxSubProblems = 96;
+// Of one launch. Every further KiB of parameters delays a launch by 0.08 us once there are more than some 8 KiB of them
+// (measured), so a call of more patches is cut into several launches.
+inline constexpr int kMaxSubProblems = 32;
 
 // Forward (kInputGrad false) and input gradient: for every sub-problem
 // outputs[pixel][channel] = activation(sum over taps and reduction channels of operand * weight + bias).
@@ -46,6 +48,7 @@ struct GemmParams {
   int32_t channel_tiles;
   int32_t reduction_blocks;  // of 64 reduction channels
   int32_t kernel_columns;
+  int32_t lag;  // see GemmTile
   bool relu;
   int64_t bias_stride;
   const void* bias;  // null: none
@@ -65,7 +68,7 @@ struct WeightGradPatch {
   int32_t lower_row;
 };
 
-inline constexpr int kMaxWeightGradPatches = 112;
+inline constexpr int kMaxWeightGradPatches = 32;
 
 // partial_sums[segment][out channel][tap][in channel] = sum over the segment's chunks of gradient * input.
 // A work item is (segment, tile of out channels, tile of (tap, 64 in-channels) blocks), the last fastest.
