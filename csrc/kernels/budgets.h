@@ -20,16 +20,16 @@ struct KernelBudget {
 // clang-format off
 inline constexpr KernelBudget kBudgets[] = {
 
-    {"depthwise::depthwise_gather_kernel", "all", 255, 116224, ""},
-    {"depthwise::depthwise_weight_grad_kernel", "all", 255, 232448, ""},
-    {"depthwise::direct_weight_grad_reduce_kernel", "all", 255, 4096, ""},
-    {"depthwise::grouped_gather_kernel", "all", 255, 116224, ""},
-    {"depthwise::grouped_weight_grad_kernel", "all", 255, 232448, ""},
+    {"depthwise::depthwise_gather_kernel", "all", 160, 116224, ""},
+    {"depthwise::depthwise_weight_grad_kernel", "all", 224, 8192, ""},
+    {"depthwise::direct_weight_grad_reduce_kernel", "all", 32, 1024, ""},
+    {"depthwise::grouped_gather_kernel", "all", 128, 116224, ""},
+    {"depthwise::grouped_weight_grad_kernel", "all", 128, 16384, ""},
 
-    {"first_layer::first_layer_forward_kernel", "all", 255, 232448, "HMMA"},
-    {"first_layer::first_layer_input_grad_kernel", "all", 255, 232448, ""},
-    {"first_layer::first_layer_weight_grad_kernel", "all", 255, 232448, "HMMA LDGSTS"},
-    {"first_layer::first_layer_weight_grad_reduce_kernel", "all", 255, 4096, ""},
+    {"first_layer::first_layer_forward_kernel", "all", 200, 232448, "HMMA"},
+    {"first_layer::first_layer_input_grad_kernel", "all", 112, 232448, ""},
+    {"first_layer::first_layer_weight_grad_kernel", "all", 248, 232448, "HMMA LDGSTS"},
+    {"first_layer::first_layer_weight_grad_reduce_kernel", "all", 32, 1024, ""},
 
     {"nhwc::avg_pool_backward_cell_kernel", "all", 255, 0, ""},
     {"nhwc::avg_pool_backward_kernel", "all", 255, 0, ""},

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <sstream>
 #include <string>
+#include <utility>
 
 namespace splitkern {
 
@@ -43,12 +44,6 @@ void check_written(const char* operation, const Tensor& dst) {
   }
 }
 
-struct WalkDim {
-  int64_t extent;
-  int64_t host_stride;
-  int64_t device_stride;
-};
-
 kernels::CopyWalk check_copy(const char* operation, const Tensor& src, const Tensor& dst, const Tensor& host,
                              const Tensor& device) {
   STD_TORCH_CHECK(src.scalar_type() == dst.scalar_type(), operation, ": dst must have src's type ", name_of(src),
@@ -58,38 +53,16 @@ kernels::CopyWalk check_copy(const char* operation, const Tensor& src, const Ten
   STD_TORCH_CHECK(same_shape, operation, ": dst must have src's shape ", show_shape(src), ", got ", show_shape(dst));
   check_written(operation, dst);
 
-  kernels::CopyWalk walk{};
-  if (src.numel() == 0) return walk;
+  if (src.numel() == 0) return {};
   const int64_t element_size = src.element_size();
-  std::vector<WalkDim> dims;
+  std::vector<CopyDim> dims;
   for (int64_t dim = 0; dim < src.dim(); ++dim) {
     if (src.size(dim) == 1) continue;
     dims.push_back({src.size(dim), host.stride(dim) * element_size, device.stride(dim) * element_size});
   }
   STD_TORCH_CHECK(dims.size() <= kernels::kMaxCopyDims, operation, ": src must have at most ", kernels::kMaxCopyDims,
                   " dimensions of more than 1, got shape ", show_shape(src));
-  std::stable_sort(dims.begin(), dims.end(), [](const WalkDim& a, const WalkDim& b) {
-    return a.host_stride != b.host_stride ? a.host_stride > b.host_stride : a.device_stride > b.device_stride;
-  });
-  dims.push_back({element_size, 1, 1});
-
-  for (const WalkDim& dim : dims) {
-    if (walk.dims > 0) {
-      const int32_t last = walk.dims - 1;
-      if (walk.host_strides[last] == dim.extent * dim.host_stride &&
-          walk.device_strides[last] == dim.extent * dim.device_stride) {
-        walk.extents[last] *= dim.extent;
-        walk.host_strides[last] = dim.host_stride;
-        walk.device_strides[last] = dim.device_stride;
-        continue;
-      }
-    }
-    walk.extents[walk.dims] = dim.extent;
-    walk.host_strides[walk.dims] = dim.host_stride;
-    walk.device_strides[walk.dims] = dim.device_stride;
-    ++walk.dims;
-  }
-  return walk;
+  return walk_of(std::move(dims), element_size);
 }
 
 kernels::CompressParams check_compressed(const char* operation, const Tensor& device, const char* device_argument,
@@ -160,6 +133,32 @@ kernels::CompressParams check_compressed(const char* operation, const Tensor& de
 }
 
 }  // namespace
+
+kernels::CopyWalk walk_of(std::vector<CopyDim> dims, int64_t element_size) {
+  kernels::CopyWalk walk{};
+  std::stable_sort(dims.begin(), dims.end(), [](const CopyDim& a, const CopyDim& b) {
+    return a.host_stride != b.host_stride ? a.host_stride > b.host_stride : a.device_stride > b.device_stride;
+  });
+  dims.push_back({element_size, 1, 1});
+
+  for (const CopyDim& dim : dims) {
+    if (walk.dims > 0) {
+      const int32_t last = walk.dims - 1;
+      if (walk.host_strides[last] == dim.extent * dim.host_stride &&
+          walk.device_strides[last] == dim.extent * dim.device_stride) {
+        walk.extents[last] *= dim.extent;
+        walk.host_strides[last] = dim.host_stride;
+        walk.device_strides[last] = dim.device_stride;
+        continue;
+      }
+    }
+    walk.extents[walk.dims] = dim.extent;
+    walk.host_strides[walk.dims] = dim.host_stride;
+    walk.device_strides[walk.dims] = dim.device_stride;
+    ++walk.dims;
+  }
+  return walk;
+}
 
 kernels::CopyWalk check_offload(const Tensor& src, const Tensor& dst) {
   check_defined(kOffload, src, dst);

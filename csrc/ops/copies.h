@@ -12,6 +12,16 @@ inline constexpr const char* kPrefetch = "splitkern::prefetch";
 inline constexpr const char* kOffloadCompressed = "splitkern::offload_compressed";
 inline constexpr const char* kPrefetchCompressed = "splitkern::prefetch_compressed";
 
+// One dimension of a pair of tensors, strides in bytes.
+struct CopyDim {
+  int64_t extent;
+  int64_t host_stride;
+  int64_t device_stride;
+};
+
+// Of at most kMaxCopyDims dimensions, in any order, without extents of 0 or 1.
+kernels::CopyWalk walk_of(std::vector<CopyDim> dims, int64_t element_size);
+
 // Of tensors without elements: a walk without dimensions.
 kernels::CopyWalk check_offload(const Tensor& src, const Tensor& dst);
 kernels::CopyWalk check_prefetch(const Tensor& src, const Tensor& dst);

@@ -303,9 +303,8 @@ def _as_text(findings: Findings) -> str:
         )
     if not findings.gpus:
         lines.append("GPU         none visible to PyTorch")
-    lines.append(
-        f"copies      {findings.link.text if isinstance(findings.link, links.Link) else 'not measured: ' + findings.link}"
-    )
+    link = findings.link
+    lines.append(f"copies      {link.text if isinstance(link, links.Link) else f'not measured: {link}'}")
     lines.append("")
     lines.append("Operator paths")
     for path in findings.paths:

@@ -17,6 +17,7 @@ from splitkern.ops.conv import patch_conv2d, patch_conv2d_input_grad, patch_conv
 from splitkern.ops.copy import (
     bytes_on_link,
     compressed_bytes,
+    explain_copy,
     offload,
     offload_compressed,
     prefetch,
@@ -32,6 +33,7 @@ __all__ = [
     "BatchNormResult",
     "bytes_on_link",
     "compressed_bytes",
+    "explain_copy",
     "offload",
     "offload_compressed",
     "patch_avg_pool2d",

@@ -6,13 +6,16 @@ values of a computation.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from splitkern import _library
 from splitkern.ops._common import call, check_shape, register_fake, register_kernel
 
 _OFFLOAD = "splitkern::offload"
@@ -138,6 +141,49 @@ def prefetch(src: Tensor, dst: Tensor, *, by: str = "auto") -> Tensor:
     else:
         call(_prefetch.by, _explain_prefetch, src, dst, by=by)
     return dst
+
+
+def explain_copy(device: Tensor, host: Tensor, *, library: Path | None = None) -> str:
+    """Say what moves a copy between a CUDA tensor and a pinned one, and why. Needs no GPU: only strides count.
+
+    Args:
+        device: the tensor on the GPU (or one on the CPU that stands for it).
+        host: the tensor in host memory, of the same shape and type.
+        library: the native library to ask; by default this package's.
+
+    Returns:
+        "engine: ..." for a copy engine of the GPU, "kernel: ..." for a kernel that reaches host memory itself, or
+        "cpu: ..." from a library without CUDA kernels.
+
+    Raises:
+        TypeError, ValueError: as :func:`offload`, but for pinning.
+
+    Example:
+        >>> rows = torch.empty(8, 4096)
+        >>> explain_copy(rows, torch.empty(8, 4096)).split(":")[0] in ("engine", "cpu")
+        True
+    """
+    _check_copy(_OFFLOAD, device, host, "auto")
+    if device.numel() == 0:
+        return "nothing to copy"
+    ask = getattr(ctypes.CDLL(str(library or _library.build_info().library)), "splitkern_explain_copy", None)
+    if ask is None:
+        return "cpu: the library was built without CUDA kernels"
+    dims = [dim for dim, extent in enumerate(device.shape) if extent > 1]
+    size = device.element_size()
+    values = ctypes.c_int64 * len(dims)
+    text = ctypes.create_string_buffer(1024)
+    ask.restype = None
+    ask(
+        ctypes.c_int64(size),
+        ctypes.c_int64(len(dims)),
+        values(*(device.shape[dim] for dim in dims)),
+        values(*(host.stride(dim) * size for dim in dims)),
+        values(*(device.stride(dim) * size for dim in dims)),
+        text,
+        ctypes.c_int64(len(text)),
+    )
+    return text.value.decode()
 
 
 def _check_offload(src: Tensor, dst: Tensor, *, by: str = "auto") -> None:

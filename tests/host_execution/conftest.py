@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -40,6 +41,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def schedule(request: pytest.FixtureRequest) -> None:
+    """Every test sees the same order of threads, whatever ran before it."""
+    if {"operators", "host_library"} & set(request.fixturenames):
+        library: Path = request.getfixturevalue("host_library")
+        ctypes.CDLL(str(library)).splitkern_host_set_schedule(ctypes.c_uint64(1))
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,12 @@ The copy engine is a loop over memcpy here, which refuses the boxes that the CUD
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from splitkern.ops import compressed_bytes, explain_copy
 from tests.host_execution.planting import Build
 from tests.kernel_checks import copies as checks
 from tests.kernel_checks.comparisons import Operators
@@ -80,10 +83,7 @@ def test_damaged_masks_write_nothing_outside(copies: Copies) -> None:
         checks.foreign_buffer(copies, checks.damage_everything_else, dtype)
 
 
-def test_schedules_do_not_matter(operators: Operators, host_library: object) -> None:
-    from pathlib import Path
-
-    assert isinstance(host_library, Path)
+def test_schedules_do_not_matter(operators: Operators, host_library: Path) -> None:
     build = Build(operators, host_library)
     copies = Copies(operators.namespace)
     try:
@@ -95,10 +95,47 @@ def test_schedules_do_not_matter(operators: Operators, host_library: object) -> 
         build.set_schedule(1)
 
 
+def test_what_is_chosen_and_why(host_library: Path) -> None:
+    image = torch.empty(4, 64, 56, 56, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    flat = torch.empty(4, 64, 56, 56, dtype=torch.bfloat16)
+    for device, host_format, expected in (
+        (image, torch.channels_last, "engine: one run of 1605632 bytes"),
+        (image[..., :28], torch.channels_last, "engine: rows of 3584 bytes in 1 engine call"),
+        (image[..., :14], torch.channels_last, "kernel: rows of 1792 bytes, and the engine takes at least 2048"),
+        (flat[..., :28], torch.contiguous_format, "kernel: rows of 56 bytes, and the engine takes at least 2048"),
+        (image, torch.contiguous_format, "kernel: rows of 2 bytes, and the engine takes at least 2048"),
+        (image[:0], torch.channels_last, "nothing to copy"),
+        (image[:1, :1, :1, :1], torch.channels_last, "engine: one run of 2 bytes"),
+    ):
+        host = torch.empty(device.shape, dtype=device.dtype, memory_format=host_format)
+        assert explain_copy(device, host, library=host_library) == expected
+    scattered = torch.empty_strided((2, 30, 3, 2048), (1 << 20, 9001, 3000, 1))
+    reason = explain_copy(scattered, torch.empty(2, 30, 3, 2048), library=host_library)
+    assert reason == "kernel: 60 engine calls for rows of 8192 bytes, and at most 16 are worth their start"
+
+
+def test_an_engine_that_would_need_too_many_calls_is_refused(copies: Copies) -> None:
+    source = torch.empty_strided((300, 300, 3, 2), (7000, 23, 7, 3), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"splitkern::offload: by must be 'kernel' or 'auto' for strides"):
+        copies.run("offload", source, torch.empty(300, 300, 3, 2, dtype=torch.uint8), "engine")
+
+
 @pytest.mark.large
 def test_more_than_2_31_elements(copies: Copies) -> None:
-    """Indices that 32 bits cannot hold: a view of bytes too far apart for memory, but for the touched pages."""
-    parent = torch.zeros(2, 2**30 + 2048, dtype=torch.uint8)
-    view = parent.as_strided((2, 2**30 + 1024), (2**30 + 2048, 1), 1)
-    view[0, 17], view[1, -1] = 5, 6
-    checks.round_trip(copies, view)
+    """Indices that 32 bits cannot hold: bytes in two rows that no vector fits."""
+    parent = torch.zeros(2, 2**30 + 1027, dtype=torch.uint8)
+    view = parent[:, 1 : 2**30 + 1026]
+    view[0, 17], view[1, 12345], view[1, -1] = 5, 6, 7
+    host = torch.zeros(view.shape, dtype=torch.uint8)
+    copies.run("offload", view, host, "kernel")
+    assert torch.equal(host, view)
+    back = torch.full_like(parent, 3)
+    copies.run("prefetch", host, back[:, 1 : 2**30 + 1026], "kernel")
+    assert torch.equal(back[:, 1 : 2**30 + 1026], view)
+    assert bool((back[:, 0] == 3).all())
+    del host
+    buffer = torch.empty(compressed_bytes(view), dtype=torch.uint8)
+    copies.run("offload_compressed", view, buffer)
+    back.fill_(3)
+    copies.run("prefetch_compressed", buffer, back[:, 1 : 2**30 + 1026])
+    assert torch.equal(back[:, 1 : 2**30 + 1026], view)

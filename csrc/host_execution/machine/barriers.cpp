@@ -61,6 +61,7 @@ void arrive(PhaseBarrier& barrier, uint32_t bytes, const char* what) {
 }  // namespace
 
 void barrier_init(kernels::Barrier& barrier, uint32_t arrivals) {
+  const race::Quiet quiet;
   check_alignment(&barrier, 8, "barrier_init");
   Thread& self = current_thread();
   BlockExtension& extension = block_extension(*self.block);
@@ -79,6 +80,7 @@ void barrier_init(kernels::Barrier& barrier, uint32_t arrivals) {
 }
 
 void barrier_init_fence() {
+  const race::Quiet quiet;
   const Thread& self = current_thread();
   for (PhaseBarrier& barrier : block_extension(*self.block).barriers) {
     if (barrier.initializer == self.index) barrier.fenced = true;
@@ -86,11 +88,13 @@ void barrier_init_fence() {
 }
 
 void barrier_arrive(kernels::Barrier& barrier, uint32_t bytes) {
+  const race::Quiet quiet;
   const char* what = bytes == 0 ? "barrier_arrive" : "barrier_arrive_expect";
   arrive(find_here(barrier, what), bytes, what);
 }
 
 void barrier_arrive_cluster(kernels::Barrier& barrier, uint32_t rank) {
+  const race::Quiet quiet;
   constexpr const char* kWhat = "barrier_arrive_cluster";
   const uint32_t offset = shared_address(&barrier, sizeof(barrier), kWhat) - kSharedBase;
   Block& block = block_of_cluster(rank, kWhat);
@@ -100,6 +104,7 @@ void barrier_arrive_cluster(kernels::Barrier& barrier, uint32_t rank) {
 }
 
 void barrier_wait(kernels::Barrier& barrier, uint32_t parity) {
+  const race::Quiet quiet;
   if (parity > 1) fail("barrier_wait: the parity must be 0 or 1, got " + std::to_string(parity));
   PhaseBarrier& found = find_here(barrier, "barrier_wait");
   preemption_point();

@@ -1,6 +1,8 @@
 // Asynchronous copies, matrix fragments and warp-wide products of host execution (../primitives/host_mma.h).
 // A fragment instruction is a meeting of the warp; each lane reads or writes the row that it names by itself, at
 // its own time, so that a missing barrier between lanes shows as well.
+#include <algorithm>
+
 #include "extension.h"
 #include "race.h"
 
@@ -21,6 +23,7 @@ void land(const AsyncCopy& copy) {
 }  // namespace
 
 void copy_async(void* shared, const void* global, uint32_t bytes, bool valid) {
+  const race::Quiet quiet;
   check_alignment(shared, bytes, "copy_async to shared memory");
   check_alignment(global, bytes, "copy_async from global memory");
   static_cast<void>(shared_address(shared, bytes, "copy_async"));
@@ -30,12 +33,14 @@ void copy_async(void* shared, const void* global, uint32_t bytes, bool valid) {
 }
 
 void copy_async_commit() {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   mine.copy_groups.push_back(std::move(mine.open_copies));
   mine.open_copies.clear();
 }
 
 void copy_async_wait(uint32_t pending) {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   while (mine.copy_groups.size() > pending) {
     std::vector<AsyncCopy>& group = mine.copy_groups.front();
@@ -53,10 +58,23 @@ namespace {
 struct Fragment {
   uint16_t row[8];
   uint32_t registers[4];
+  void* destination;  // of a store
+  bool repeated;      // an earlier lane stores the same to the same place
 };
 
 Fragment& fragment_of(Thread* lanes, uint32_t lane) {
   return *static_cast<Fragment*>(lanes[lane].payload);
+}
+
+void find_repeated(Thread* lanes) {
+  for (uint32_t lane = 0; lane < kWarpThreads; ++lane) {
+    Fragment& mine = fragment_of(lanes, lane);
+    mine.repeated = false;
+    for (uint32_t earlier = 0; earlier < lane && !mine.repeated; ++earlier) {
+      const Fragment& other = fragment_of(lanes, earlier);
+      mine.repeated = other.destination == mine.destination && std::equal(other.row, other.row + 8, mine.row);
+    }
+  }
 }
 
 uint32_t join(uint16_t low, uint16_t high) {
@@ -94,6 +112,7 @@ void registers_to_rows(Block& block, uint32_t warp) {
       fragment_of(lanes, lane).row[column] = static_cast<uint16_t>(pair >> (column % 2 * 16));
     }
   }
+  find_repeated(lanes);
 }
 
 void registers_to_columns(Block& block, uint32_t warp) {
@@ -105,11 +124,13 @@ void registers_to_columns(Block& block, uint32_t warp) {
       fragment_of(lanes, lane).row[column] = static_cast<uint16_t>(pair >> (lane % 2 * 16));
     }
   }
+  find_repeated(lanes);
 }
 
 }  // namespace
 
 void load_matrix(uint32_t (&registers)[4], const void* row, bool transposed) {
+  const race::Quiet quiet;
   check_alignment(row, 16, "load_matrix_x4");
   static_cast<void>(shared_address(row, 16, "load_matrix_x4"));
   Fragment mine;
@@ -121,12 +142,15 @@ void load_matrix(uint32_t (&registers)[4], const void* row, bool transposed) {
 }
 
 void store_matrix(void* row, const uint32_t (&registers)[4], bool transposed) {
+  const race::Quiet quiet;
   check_alignment(row, 16, "store_matrix_x4");
   const uint32_t address = shared_address(row, 16, "store_matrix_x4");
   Fragment mine;
+  mine.destination = row;
   copy_bytes(mine.registers, registers, sizeof(registers));
   meet_warp(transposed ? "store_matrix_x4_transposed" : "store_matrix_x4", &mine, false,
             transposed ? &registers_to_columns : &registers_to_rows);
+  if (mine.repeated) return;  // one instruction, so not a race
   race::writes(row, 16);
   copy_bytes(row, mine.row, 16);
   note_ordinary_write(address);

@@ -59,7 +59,7 @@ struct Fiber {
 
 namespace {
 
-constexpr size_t kStackBytes = 512 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kCanaryBytes = 1024;
 constexpr uint32_t kDemotionInterval = 64;
@@ -76,9 +76,17 @@ uint64_t mix(uint64_t value) {  // splitmix64
 
 void fiber_main(Fiber* fiber);
 
+void* map_pages(void* where, size_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (where != nullptr ? MAP_FIXED : 0);
+  void* mapping = mmap(where, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory");
+  return mapping;
+}
+
 struct FiberPool {
   std::vector<Fiber*> all;
   std::vector<Fiber*> idle;
+  Fiber* retiring = nullptr;  // under the race check: idle as soon as nobody runs on it any more
 
   ~FiberPool() {
     for (Fiber* fiber : all) {
@@ -89,9 +97,7 @@ struct FiberPool {
   static void prepare(Fiber& fiber);
   Fiber* take() {
     if (idle.empty()) {
-      void* mapping =
-          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory for another stack");
+      void* mapping = map_pages(nullptr, kStackBytes);
       mprotect(mapping, kGuardBytes, PROT_NONE);
       Fiber* fiber = new Fiber{static_cast<unsigned char*>(mapping), nullptr, nullptr};
       prepare(*fiber);
@@ -100,11 +106,18 @@ struct FiberPool {
     }
     Fiber* fiber = idle.back();
     idle.pop_back();
+#ifdef SPLITKERN_RACE_CHECK
+    // New pages: what an earlier thread did on the old ones must not look like a race with this one.
+    map_pages(fiber->mapping + kGuardBytes, kStackBytes - kGuardBytes);
+    prepare(*fiber);
+    if (retiring != nullptr) idle.push_back(std::exchange(retiring, nullptr));
+#endif
     return fiber;
   }
   // After a failed launch: the frames of threads that never finished are forgotten.
   void abandon_all() {
     idle = all;
+    retiring = nullptr;
     for (Fiber* fiber : all) prepare(*fiber);
   }
 };
@@ -236,10 +249,7 @@ void Machine::allocate(const Launch& next) {
     if (shared_mapping != nullptr) munmap(shared_mapping, shared_mapping_bytes);
     shared_mapping = nullptr;
     shared_mapping_bytes = 0;
-    void* mapping =
-        mmap(nullptr, block_bytes * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory for shared memory");
-    shared_mapping = static_cast<unsigned char*>(mapping);
+    shared_mapping = static_cast<unsigned char*>(map_pages(nullptr, block_bytes * count));
     shared_mapping_bytes = block_bytes * count;
   }
   blocks.assign(count, Block{});
@@ -264,6 +274,9 @@ void Machine::allocate(const Launch& next) {
 void Machine::start_cluster(uint64_t first_block) {
   finished = 0;
   error = nullptr;
+#ifdef SPLITKERN_RACE_CHECK
+  map_pages(shared_mapping, shared_mapping_bytes);  // as for the stacks
+#endif
   const Dim3& grid = launch->grid;
   for (Block& block : blocks) {
     const uint64_t linear = first_block + block.rank;
@@ -281,6 +294,8 @@ void Machine::start_cluster(uint64_t first_block) {
     thread.fiber = nullptr;
     thread.state = Thread::State::kUnstarted;
     thread.extension = nullptr;
+    thread.race_context = nullptr;
+    thread.quiet = 0;
   }
   const uint64_t draw = random();
   last_lane_first = (draw & 1) != 0;
@@ -334,6 +349,12 @@ void Machine::begin(Thread& thread) {
 }
 
 void Machine::end(Thread& thread) {
+#ifdef SPLITKERN_RACE_CHECK
+  race::release(&end_race_address);
+  race::enter(main_race_context);
+  race::destroy_context(thread.race_context);
+  thread.race_context = nullptr;
+#endif
   if (thread.extension != nullptr) check_end_of_thread(thread);
   thread.state = Thread::State::kFinished;
   thread.fiber = nullptr;
@@ -342,12 +363,6 @@ void Machine::end(Thread& thread) {
   ++block.finished;
   if (block.barriers[0].arrived != 0) complete_without(block.barriers[0], block.threads - block.finished);
   if (cluster_meeting.arrived != 0) complete_without(cluster_meeting, static_cast<uint32_t>(threads.size()) - finished);
-#ifdef SPLITKERN_RACE_CHECK
-  race::release(&end_race_address);
-  race::enter(main_race_context);
-  race::destroy_context(thread.race_context);
-  thread.race_context = nullptr;
-#endif
 }
 
 // Goes on with `thread`, which is not the current one, and returns when somebody comes back to `save`.
@@ -382,12 +397,20 @@ void fiber_main(Fiber* fiber) {
     } catch (...) {
       here.error = std::current_exception();
     }
+#ifdef SPLITKERN_RACE_CHECK
+    if (here.error != nullptr && race::current_context() != here.main_race_context) {
+      race::release(&here.end_race_address);
+      race::enter(here.main_race_context);
+    }
+    here.fibers.retiring = fiber;
+#else
     if (next != nullptr && next->state == Thread::State::kUnstarted) {
       fiber->thread = next;
       next->fiber = fiber;
       continue;
     }
     here.fibers.idle.push_back(fiber);
+#endif
     if (next == nullptr) {
       here.switch_to_main(&fiber->stack_pointer);
     } else {
@@ -462,10 +485,13 @@ void Machine::run_cluster(uint64_t first_block) {
     return;
   }
 #ifdef SPLITKERN_RACE_CHECK
-  for (Thread& thread : threads) {
-    if (thread.race_context != nullptr) race::destroy_context(thread.race_context);
-    thread.race_context = nullptr;
+  for (const Thread& thread : threads) {
+    if (thread.race_context == nullptr) continue;
+    race::enter(thread.race_context);
+    race::release(&end_race_address);
+    race::enter(main_race_context);
   }
+  race::acquire(&end_race_address);
 #endif
   fibers.abandon_all();
   async.clear();
@@ -494,23 +520,27 @@ void execute(const Launch& launch) {
   Machine& here = machine;
   here.random_state = mix(schedule_seed.load() ^ mix(launch_number++));
   here.main_race_context = race::current_context();
-  here.allocate(launch);
   race::release(&here.launch_race_address);
 
   struct Scope {  // also when a thread throws
-    explicit Scope(const Launch& launch) { current_launch = &launch; }
+    explicit Scope(const Launch& launch) {
+      current_launch = &launch;
+      race::ignore();
+    }
     ~Scope() {
       current_launch = nullptr;
       current = nullptr;
+      race::acquire(race::end_of_launch());
+      race::heed();
     }
   } const scope(launch);
+  here.allocate(launch);
   const uint64_t clusters =
       static_cast<uint64_t>(launch.grid.x) / launch.cluster_blocks * launch.grid.y * launch.grid.z;
   const bool last_first = (here.random() & 1) != 0;
   for (uint64_t i = 0; i < clusters; ++i) {
     here.run_cluster((last_first ? clusters - 1 - i : i) * launch.cluster_blocks);
   }
-  race::acquire(&here.end_race_address);
 }
 
 void fail(const std::string& text) {
@@ -562,6 +592,7 @@ void preemption_point() {
 
 void meet(Meeting& meeting, const char* what, uint32_t expected, void* payload, bool orders_memory,
           void (*action)(Block& block, uint32_t warp)) {
+  const race::Quiet quiet;
   Thread& self = current_thread();
   if (meeting.arrived != 0 && (std::strcmp(meeting.what, what) != 0 || meeting.expected != expected)) {
     fail(std::string("calls ") + what + " for " + std::to_string(expected) + " threads where others wait in " +
@@ -608,6 +639,13 @@ void meet_cluster() {
   const uint32_t threads = static_cast<uint32_t>(machine.threads.size()) - machine.finished;
   machine.cluster_meeting.expected = threads;
   meet(machine.cluster_meeting, "cluster_barrier", threads, nullptr, true, nullptr);
+}
+
+void* race::launching_context() {
+  return machine.main_race_context;
+}
+const void* race::end_of_launch() {
+  return &machine.end_race_address;
 }
 
 uint64_t random_bits() {
@@ -671,6 +709,7 @@ void fill_bytes(void* to, unsigned char value, size_t bytes) {
 #endif
 
 unsigned char* dynamic_shared(size_t bytes, const char* type) {
+  const race::Quiet quiet;
   const Block& block = *current_thread().block;
   if (bytes > block.shared_bytes) {
     fail(std::string("dynamic_shared<") + type + "> needs " + std::to_string(bytes) +

@@ -393,6 +393,7 @@ void TensorStore::write() {
 
 void load_im2col(void* shared, const TensorMap& map, kernels::Barrier& barrier, const int32_t* at, int32_t rank,
                  uint16_t column_offset, uint16_t row_offset) {
+  const race::Quiet quiet;
   check_im2col(map, at, rank, "tma_load_im2col");
   check_box(map, shared, "tma_load_im2col");
   const uint16_t limit = rank == 5 ? 31 : 255;
@@ -407,30 +408,35 @@ void load_im2col(void* shared, const TensorMap& map, kernels::Barrier& barrier, 
 
 void load_tiled(void* shared, const TensorMap& map, kernels::Barrier& barrier, const int32_t* at, int32_t rank,
                 uint16_t blocks) {
+  const race::Quiet quiet;
   check_tiled(map, rank, "TMA load");
   check_box(map, shared, "TMA load");
   issue(std::make_unique<Load>(), shared, map, barrier, at, rank, blocks);
 }
 
 void store_im2col(const TensorMap& map, const void* shared, const int32_t* at, int32_t rank) {
+  const race::Quiet quiet;
   check_im2col(map, at, rank, "tma_store_im2col");
   check_box(map, shared, "tma_store_im2col");
   issue(map, shared, at, rank);
 }
 
 void store_tiled(const TensorMap& map, const void* shared, const int32_t* at, int32_t rank) {
+  const race::Quiet quiet;
   check_tiled(map, rank, "TMA store");
   check_box(map, shared, "TMA store");
   issue(map, shared, at, rank);
 }
 
 void store_commit() {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   mine.store_groups.push_back(std::move(mine.open_stores));
   mine.open_stores.clear();
 }
 
 void store_wait(uint32_t pending, bool written) {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   const size_t groups = mine.store_groups.size();
   for (size_t i = 0; i + pending < groups; ++i) {
@@ -456,6 +462,7 @@ void note_ordinary_write(uint32_t address) {
 
 // Publishes what this thread wrote, and every write whose thread is not known: those that no primitive made.
 void fence_async_shared() {
+  const race::Quiet quiet;
   const Thread& self = current_thread();
   const Block& block = *self.block;
   BlockExtension& extension = block_extension(*self.block);

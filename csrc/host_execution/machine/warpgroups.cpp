@@ -149,10 +149,12 @@ std::string describe_wait(const WaitReason& reason) {
 }  // namespace
 
 void warpgroup_fence() {
+  const race::Quiet quiet;
   extension().registers_fenced = true;
 }
 
 void warpgroup_multiply(float* d, const WarpgroupProduct& product) {
+  const race::Quiet quiet;
   Thread& self = current_thread();
   Warpgroup& warpgroup = warpgroup_of(self, "wgmma");
   ThreadExtension& mine = extension();
@@ -191,11 +193,13 @@ void warpgroup_multiply(float* d, const WarpgroupProduct& product) {
 }
 
 void warpgroup_commit() {
+  const race::Quiet quiet;
   ThreadExtension& mine = extension();
   mine.product_groups.push_back(mine.products);
 }
 
 void warpgroup_wait(uint32_t pending) {
+  const race::Quiet quiet;
   Thread& self = current_thread();
   Warpgroup& warpgroup = warpgroup_of(self, "wgmma_wait");
   ThreadExtension& mine = extension();
@@ -221,6 +225,7 @@ void warpgroup_wait(uint32_t pending) {
 }
 
 void set_registers(uint32_t registers) {
+  const race::Quiet quiet;
   const Thread& self = current_thread();
   static_cast<void>(warpgroup_of(self, "claim_registers"));
   extension().registers = registers;

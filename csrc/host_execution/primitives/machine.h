@@ -52,6 +52,7 @@ struct Thread {
   void* payload;               // of the collective under way
   ThreadExtension* extension;  // its asynchronous work (extension.h); null until there is any
   void* race_context;
+  uint32_t quiet;  // see machine/race.h
 };
 
 // A meeting of the lanes of a warp or of the threads at a barrier.

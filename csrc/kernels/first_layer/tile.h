@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "../params.h"
 #include "../plain/geometry.h"
@@ -15,6 +16,7 @@ namespace splitkern::kernels::first_layer {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
+static_assert(kThreads <= 256, "pitch_reciprocal");
 inline constexpr int kTilePixels = 256;     // outputs of one tile
 inline constexpr int kPixelsPerThread = 6;  // inputs of one tile that a thread carries from global to shared memory
 inline constexpr int kMaxInputPixels = kThreads * kPixelsPerThread;
@@ -29,6 +31,9 @@ struct Tiles {
   int32_t in_rows;
   int32_t in_columns;
   int32_t pitch;
+  int32_t pitch_reciprocal;  // of 65536, rounded up: exact for the threads of a block
+  int32_t step_rows;         // from a thread's staged pixel to its next, kThreads further
+  int32_t step_columns;
   int32_t row_tiles;  // over all patches
   int32_t column_tiles;
   int32_t count;                                   // over all images
@@ -94,6 +99,9 @@ inline std::string cut_tiles(const WindowAxis& row_window, const WindowAxis& col
   }
   if (best_tiles == 0) return "a window spans more inputs than are staged at once";
   if (best_tiles * batch > std::numeric_limits<int32_t>::max()) return "there are more than 2^31 tiles of outputs";
+  tiles.pitch_reciprocal = (65536 + tiles.pitch - 1) / tiles.pitch;
+  tiles.step_rows = kThreads / tiles.pitch;
+  tiles.step_columns = kThreads % tiles.pitch;
   tiles.row_tiles = static_cast<int32_t>(count_tiles(grid.rows, tiles.rows, tiles.first_row_tile));
   tiles.column_tiles = static_cast<int32_t>(count_tiles(grid.columns, tiles.columns, tiles.first_column_tile));
   tiles.count = static_cast<int32_t>(best_tiles * batch);
@@ -152,16 +160,42 @@ SPLITKERN_DEVICE TileAxis tile_axis(const AxisPatches& axis, const WindowAxis& w
   return tile;
 }
 
-template <class Params>
-SPLITKERN_DEVICE Tile tile_at(const Params& params, const Tiles& tiles, int32_t index) {
-  const int32_t line = index / tiles.column_tiles;
+// Tiles are numbered along columns, then rows, then images.
+struct TileIndex {
+  int32_t image;
+  int32_t row;
+  int32_t column;
+};
+
+SPLITKERN_DEVICE TileIndex tile_index(const Tiles& tiles, int32_t number) {
+  const int32_t line = number / tiles.column_tiles;
   const int32_t image = line / tiles.row_tiles;
+  return {image, line - image * tiles.row_tiles, number - line * tiles.column_tiles};
+}
+
+// The tile `step` numbers further, without a division.
+SPLITKERN_DEVICE void advance(const Tiles& tiles, TileIndex& index, const TileIndex& step) {
+  index.column += step.column;
+  index.row += step.row;
+  index.image += step.image;
+  if (index.column >= tiles.column_tiles) {
+    index.column -= tiles.column_tiles;
+    ++index.row;
+  }
+  if (index.row >= tiles.row_tiles) {
+    index.row -= tiles.row_tiles;
+    ++index.image;
+  }
+}
+
+template <class Params>
+SPLITKERN_DEVICE Tile tile_at(const Params& params, const Tiles& tiles, const TileIndex& index) {
   Tile tile;
-  tile.image = image;
-  tile.rows = tile_axis(params.grid.rows, params.row_window, tiles.first_row_tile, line - image * tiles.row_tiles,
-                        tiles.rows, tiles.in_rows);
-  tile.columns = tile_axis(params.grid.columns, params.column_window, tiles.first_column_tile,
-                           index - line * tiles.column_tiles, tiles.columns, tiles.in_columns);
+  tile.image = index.image;
+  tile.rows =
+      tile_axis(params.grid.rows, params.row_window, tiles.first_row_tile, index.row, tiles.rows, tiles.in_rows);
+  tile.columns = tile_axis(params.grid.columns, params.column_window, tiles.first_column_tile, index.column,
+                           tiles.columns, tiles.in_columns);
   return tile;
 }
 
@@ -203,38 +237,73 @@ SPLITKERN_DEVICE Pixel<T> load_pixel(const T* from, int64_t stride, int32_t chan
   return pixel;
 }
 
-// The inputs of a tile on their way to shared memory, so that the loads of the next tile are under way
-// while this one is computed.
-template <class T>
-struct StagedPixels {
-  Pixel<T> pixels[kPixelsPerThread];
+// The inputs of a tile on their way to shared memory: kSlots pixels a thread at a time, so that loads are under way
+// while something else is computed. begin, then fetch and deliver in turns.
+template <class T, int kSlots>
+struct PixelStream {
+  using Element = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  Element elements[kSlots][kMaxInChannels];
+  bool inside[kSlots];
+  const T* from;
+  int32_t row;
+  int32_t column;
+  int32_t index;  // of the pixel that is delivered next
 };
 
-template <class T>
-SPLITKERN_DEVICE void fetch(StagedPixels<T>& staged, const void* input, const Strides4& strides, int32_t channels,
+template <class T, int kSlots>
+SPLITKERN_DEVICE void begin(PixelStream<T, kSlots>& stream, const void* input, const Strides4& strides,
                             const Tiles& tiles, const Tile& tile) {
-  const int32_t pixels = tiles.in_rows * tiles.pitch;
-  const T* origin = static_cast<const T*>(input) + tile.image * strides.batch + tile.rows.in_begin * strides.row +
-                    tile.columns.in_begin * strides.column;
-  const int32_t step_rows = kThreads / tiles.pitch;
-  const int32_t step_columns = kThreads - step_rows * tiles.pitch;
-  int32_t row = static_cast<int32_t>(thread_index()) / tiles.pitch;
-  int32_t column = static_cast<int32_t>(thread_index()) - row * tiles.pitch;
+  stream.index = static_cast<int32_t>(thread_index());
+  stream.row = (stream.index * tiles.pitch_reciprocal) >> 16;
+  stream.column = stream.index - stream.row * tiles.pitch;
+  stream.from = static_cast<const T*>(input) + tile.image * strides.batch +
+                (tile.rows.in_begin + stream.row) * strides.row +
+                (tile.columns.in_begin + stream.column) * strides.column;
+}
+
+// Nothing may depend on what is loaded, not even a branch be around a load: all of them shall be under way together.
+template <class T, int kSlots>
+SPLITKERN_DEVICE void fetch(PixelStream<T, kSlots>& stream, const void* input, const Strides4& strides,
+                            int32_t channels, const Tiles& tiles, const Tile& tile) {
+  using Element = typename PixelStream<T, kSlots>::Element;
+  const int64_t step = tiles.step_rows * strides.row + tiles.step_columns * strides.column;
+  const int64_t next_row = strides.row - tiles.pitch * strides.column;
 #pragma unroll
-  for (int i = 0; i < kPixelsPerThread; ++i) {
-    staged.pixels[i] = zero_pixel<T>();
-    if (i * kThreads < pixels) {
-      if (row >= tile.rows.inside_first && row < tile.rows.inside_last && column >= tile.columns.inside_first &&
-          column < tile.columns.inside_last) {
-        staged.pixels[i] = load_pixel(origin + row * strides.row + column * strides.column, strides.channel, channels);
-      }
-      row += step_rows;
-      column += step_columns;
-      if (column >= tiles.pitch) {
-        column -= tiles.pitch;
-        ++row;
+  for (int i = 0; i < kSlots; ++i) {
+    stream.inside[i] = stream.row >= tile.rows.inside_first && stream.row < tile.rows.inside_last &&
+                       stream.column >= tile.columns.inside_first && stream.column < tile.columns.inside_last;
+    const T* const from = stream.inside[i] ? stream.from : static_cast<const T*>(input);
+#pragma unroll
+    for (int channel = 0; channel < kMaxInChannels; ++channel) {
+      const int32_t existing = channel < channels ? channel : 0;
+      stream.elements[i][channel] = load_global<Element>(from + existing * strides.channel);
+    }
+    stream.row += tiles.step_rows;
+    stream.column += tiles.step_columns;
+    const bool wraps = stream.column >= tiles.pitch;
+    stream.row += wraps ? 1 : 0;
+    stream.column -= wraps ? tiles.pitch : 0;
+    stream.from += step + (wraps ? next_row : 0);
+  }
+}
+
+// Calls store(index in the tile, pixel), with zeros for what lies outside the patch and for channels that do not exist.
+template <class T, int kSlots, class Store>
+SPLITKERN_DEVICE void deliver(PixelStream<T, kSlots>& stream, int32_t channels, int32_t pixels, Store&& store) {
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) {
+    Pixel<T> pixel = zero_pixel<T>();
+#pragma unroll
+    for (int channel = 0; channel < kMaxInChannels; ++channel) {
+      if (!stream.inside[i] || channel >= channels) continue;
+      if constexpr (sizeof(T) == 4) {
+        pixel.words[channel] = to_tf32(bits_float(stream.elements[i][channel]));
+      } else {
+        pixel.words[channel / 2] |= static_cast<uint32_t>(stream.elements[i][channel]) << (channel % 2 * 16);
       }
     }
+    if (stream.index < pixels) store(stream.index, pixel);
+    stream.index += kThreads;
   }
 }
 

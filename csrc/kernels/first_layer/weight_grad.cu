@@ -114,16 +114,12 @@ SPLITKERN_DEVICE void fetch_grads(const WeightGradCall& params, unsigned char* s
 }
 
 template <class T>
-SPLITKERN_DEVICE void store_staged(const StagedPixels<T>& staged, unsigned char* to, int32_t pixels,
-                                   int32_t copy_bytes) {
-#pragma unroll
-  for (int i = 0; i < kPixelsPerThread; ++i) {
-    const int32_t index = static_cast<int32_t>(thread_index()) + i * kThreads;
-    if (index < pixels) {
-      reinterpret_cast<Pixel<T>*>(to)[index] = staged.pixels[i];
-      if constexpr (kCopies<T> == 2) reinterpret_cast<Pixel<T>*>(to + copy_bytes)[index + 1] = staged.pixels[i];
-    }
-  }
+SPLITKERN_DEVICE void deliver_copies(PixelStream<T, kPixelsPerThread>& stream, int32_t channels, unsigned char* to,
+                                     int32_t pixels, int32_t copy_bytes) {
+  deliver(stream, channels, pixels, [&](int32_t index, const Pixel<T>& pixel) {
+    reinterpret_cast<Pixel<T>*>(to)[index] = pixel;
+    if constexpr (kCopies<T> == 2) reinterpret_cast<Pixel<T>*>(to + copy_bytes)[index + 1] = pixel;
+  });
 }
 
 SPLITKERN_DEVICE bool is_inside(const Place& place, const Tile& tile) {
@@ -243,19 +239,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                  tap_x * static_cast<int32_t>(params.column_window.dilation);
   }
 
-  const int32_t step = static_cast<int32_t>(grid_extent().x);
-  int32_t index = static_cast<int32_t>(block_index().x);
+  const TileIndex step = tile_index(tiles, static_cast<int32_t>(grid_extent().x));
+  TileIndex index = tile_index(tiles, static_cast<int32_t>(block_index().x));
+  TileIndex ahead = index;  // whose gradients are fetched
   for (int32_t stage = 0; stage < params.stages - 1; ++stage) {
-    const int32_t ahead = index + stage * step;
-    if (ahead < tiles.count) {
+    if (ahead.image < params.batch) {
       fetch_grads<T>(params, stages + stage * grad_bytes, tile_at(params, tiles, ahead), first_channel);
     }
+    advance(tiles, ahead, step);
     copy_async_commit();
   }
-  StagedPixels<T> staged;
+  PixelStream<T, kPixelsPerThread> stream;
   Tile tile = tile_at(params, tiles, index);
-  fetch(staged, params.input, params.input_strides, params.in_channels_per_group, tiles, tile);
-  store_staged(staged, buffers, pixels, params.copy_bytes);
+  begin(stream, params.input, params.input_strides, tiles, tile);
+  fetch(stream, params.input, params.input_strides, params.in_channels_per_group, tiles, tile);
+  deliver_copies(stream, params.in_channels_per_group, buffers, pixels, params.copy_bytes);
 
   float sums[kChannelTiles][kProducts][4] = {};
   int32_t stage = 0;
@@ -267,24 +265,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     // This tile has arrived, and nobody reads the stage and the buffer of the one before.
     block_barrier();
-    const int32_t ahead = index + (params.stages - 1) * step;
-    if (ahead < tiles.count) {
+    if (ahead.image < params.batch) {
       const int32_t free_stage = stage == 0 ? params.stages - 1 : stage - 1;
       fetch_grads<T>(params, stages + free_stage * grad_bytes, tile_at(params, tiles, ahead), first_channel);
     }
     copy_async_commit();
-    const bool has_next = index + step < tiles.count;
+    advance(tiles, ahead, step);
+    advance(tiles, index, step);
+    const bool has_next = index.image < params.batch;
     Tile next = tile;
     if (has_next) {
-      next = tile_at(params, tiles, index + step);
-      fetch(staged, params.input, params.input_strides, params.in_channels_per_group, tiles, next);
+      next = tile_at(params, tiles, index);
+      begin(stream, params.input, params.input_strides, tiles, next);
+      fetch(stream, params.input, params.input_strides, params.in_channels_per_group, tiles, next);
     }
     multiply_tile<T>(params, storage, stages + stage * grad_bytes, buffers + buffer * buffer_bytes, tile, offsets,
                      products, split, splits, sums);
     if (!has_next) break;
-    store_staged(staged, buffers + (buffer ^ 1) * buffer_bytes, pixels, params.copy_bytes);
+    deliver_copies(stream, params.in_channels_per_group, buffers + (buffer ^ 1) * buffer_bytes, pixels,
+                   params.copy_bytes);
     tile = next;
-    index += step;
     if (++stage == params.stages) stage = 0;
   }
 

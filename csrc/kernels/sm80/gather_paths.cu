@@ -331,7 +331,8 @@ void launch(const ConvForwardParams& params, const DeviceTraits& device, void* w
   gather.rows = forward_axis(params.row_window, rows);
   gather.columns = forward_axis(params.column_window, columns);
   gather.grid = params.grid;
-  gather.source_strides = params.input_strides;
+  gather.source_strides = stepped_strides(params.input_strides, params.batch - 1, last(rows.in_bounds, rows),
+                                          last(columns.in_bounds, columns));
   gather.destination_strides = params.output_strides;
   gather.bias_stride = params.bias_stride;
   gather.source = params.input;
@@ -358,7 +359,8 @@ void launch(const ConvInputGradParams& params, const DeviceTraits& device, void*
                          has_vectors(params.output_strides, params.output, params.type, params.batch - 1,
                                      last(rows.in_bounds, rows), last(columns.in_bounds, columns));
   gather.grid = {swap_roles(rows), swap_roles(columns)};
-  gather.source_strides = params.grad_output_strides;
+  gather.source_strides = stepped_strides(params.grad_output_strides, params.batch - 1, last(rows.out_bounds, rows),
+                                          last(columns.out_bounds, columns));
   gather.destination_strides = params.output_strides;
   gather.source = params.grad_output;
   gather.destination = params.output;

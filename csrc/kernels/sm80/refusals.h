@@ -51,6 +51,12 @@ inline bool has_vectors(const Strides4& strides, const void* base, ElementType t
          (last_row == 0 || strides.row % vector == 0) && (last_column == 0 || strides.column % vector == 0);
 }
 
+// The strides without those that has_vectors disregards: they may be no multiples of a vector.
+inline Strides4 stepped_strides(const Strides4& strides, int64_t last_image, int64_t last_row, int64_t last_column) {
+  return {last_image == 0 ? 0 : strides.batch, strides.channel, last_row == 0 ? 0 : strides.row,
+          last_column == 0 ? 0 : strides.column};
+}
+
 // For a tensor that is read in 16-byte vectors of channels.
 inline std::string refuse_layout(const std::string& what, const Strides4& strides, const void* base, ElementType type,
                                  int64_t last_image, int64_t last_row, int64_t last_column) {

@@ -4,6 +4,9 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <string>
+
 #include "device_scope.h"
 #include "operators.h"
 #include "ops/copies.h"
@@ -78,3 +81,20 @@ void prefetch_compressed(const Tensor& src, const Tensor& dst) {
 }
 
 }  // namespace splitkern::cuda
+
+// What an offload or prefetch between such tensors would use, and why, as text: for splitkern/ops/copy.py, through
+// ctypes. No device is needed. `dims` extents of more than 1, at most kMaxCopyDims; strides in bytes.
+extern "C" __attribute__((visibility("default"))) void splitkern_explain_copy(int64_t element_size, int64_t dims,
+                                                                              const int64_t* extents,
+                                                                              const int64_t* host_strides,
+                                                                              const int64_t* device_strides, char* text,
+                                                                              int64_t size_bytes) {
+  using namespace splitkern;
+  std::vector<CopyDim> list;
+  for (int64_t dim = 0; dim < dims; ++dim) list.push_back({extents[dim], host_strides[dim], device_strides[dim]});
+  const std::string reason =
+      kernels::choose_copy(kOffload, walk_of(list, element_size), kernels::CopyMethod::kAuto).reason;
+  const size_t length = std::min(reason.size(), static_cast<size_t>(std::max<int64_t>(size_bytes, 1) - 1));
+  std::copy_n(reason.data(), length, text);
+  text[length] = '\0';
+}
