@@ -62,6 +62,7 @@ struct GemmTraits {
 
   static constexpr int kLoadPixels = kPixels <= 256 ? kPixels : kPixels / 2;  // of one TMA box
   static constexpr int kStorePixels = kSwapped ? kColumns / kRounds : 64;
+  static constexpr int kStoreLines = kSwapped ? kRounds : 1;  // runs of pixels of a warpgroup that are stored apart
   static constexpr int kStoreBlocks = kSwapped ? 1 : kColumns / 64 / kRounds;  // of 64 channels
   static constexpr int kOperandBytes = kPixels * 128;
   static constexpr int kWeightBytes = kChannels * 128;
@@ -195,16 +196,14 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
 // is neither bias nor activation, which saves most of the instructions.
 template <class Traits, bool kPlain, class Params>
 SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& shared, const TilePosition& position,
-                                 uint32_t warpgroup, uint32_t thread, const float (&sums)[Traits::kColumns / 2]) {
+                                 const Pixel (&to)[Traits::kStoreLines], uint32_t warpgroup, uint32_t thread,
+                                 const float (&sums)[Traits::kColumns / 2]) {
   using T = typename Traits::T;
-  const SubProblem& problem = params.sub_problem[position.sub_problem];
   const TensorMap& output = params.output[position.sub_problem];
   unsigned char* staging = shared.staging[warpgroup];
   const float* bias = shared.bias[warpgroup];
   const uint32_t warp = thread / kWarpThreads;
   const uint32_t lane = thread % kWarpThreads;
-  const int32_t first_pixel =
-      position.pixel + (Traits::kSplitPixels ? static_cast<int32_t>(warpgroup) * Traits::kWarpgroupPixels : 0);
   const int32_t first_channel =
       position.channel + (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
   const auto finish = [&](float sum, float offset) {
@@ -250,17 +249,16 @@ SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& share
     fence_async_shared();
     named_barrier(1 + warpgroup, kWarpgroupThreads);
     if (thread == 0) {
-      const int32_t pixel = first_pixel + (Traits::kSwapped ? round * Traits::kStorePixels : 0);
-      if (pixel < problem.pixels) {
-        const Pixel to = pixel_at<Traits>(problem, pixel);
+      const Pixel& first = to[Traits::kSwapped ? round : 0];
+      if (first.image >= 0) {
         unrolled<Traits::kStoreBlocks>([&](auto block) {
           const int32_t channel = first_channel + (Traits::kSwapped ? 0 : round * Traits::kStoreBlocks + block) * 64;
           if (channel < params.channels) {
             const unsigned char* source = staging + block * Traits::kStorePixels * 128;
             if constexpr (Traits::kPatches) {
-              tma_store_im2col_patches(output, source, channel, to.column, to.row, to.patch, to.image);
+              tma_store_im2col_patches(output, source, channel, first.column, first.row, first.patch, first.image);
             } else {
-              tma_store_im2col(output, source, channel, to.column, to.row, to.image);
+              tma_store_im2col(output, source, channel, first.column, first.row, first.image);
             }
           }
         });
@@ -292,19 +290,10 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
   Ring<Traits::kStages> ring;
   TilePosition position;
   const int32_t stride = static_cast<int32_t>(grid_extent().x);
+  locate<Traits>(params, static_cast<int32_t>(block_index().x), position);  // there are no more blocks than tiles
   for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles; tile += stride) {
-    locate<Traits>(params, tile, position);
     const SubProblem& problem = params.sub_problem[position.sub_problem];
     const int32_t iterations = problem.row_taps.taps * problem.column_taps.taps * params.reduction_blocks;
-
-    // Read after the first barrier of store_tile. The last tile's reads are over: store_tile ends with a barrier.
-    for (uint32_t i = thread; !plain && i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
-      const int32_t channel = position.channel + static_cast<int32_t>(i) +
-                              (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
-      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
-                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
-                                      : 0.0f;
-    }
 
     float sums[kColumns / 2];
     if (iterations == 0) {
@@ -335,12 +324,32 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
     }
     if (lead != 0 && thread == 0) barrier_arrive(shared.lead);
     lead = 0;
+
+    // While the last products are under way: where the tile goes, its bias, and what comes next.
+    Pixel to[Traits::kStoreLines];
+    unrolled<Traits::kStoreLines>([&](auto line) {
+      const int32_t pixel = position.pixel +
+                            (Traits::kSplitPixels ? static_cast<int32_t>(warpgroup) * Traits::kWarpgroupPixels : 0) +
+                            line * Traits::kStorePixels;
+      to[line] = pixel_at<Traits>(problem, pixel);
+      if (pixel >= problem.pixels) to[line].image = -1;  // not stored
+    });
+    // Read after the first barrier of store_tile. The last tile's reads are over: store_tile ends with a barrier.
+    for (uint32_t i = thread; !plain && i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
+      const int32_t channel = position.channel + static_cast<int32_t>(i) +
+                              (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
+      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
+                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
+                                      : 0.0f;
+    }
+    const TilePosition current = position;
+    if (tile + stride < params.tiles) locate<Traits>(params, tile + stride, position);
     wgmma_wait<0>();
     if (iterations > 0 && arrives) barrier_arrive(shared.empty[previous]);
     if (plain) {
-      store_tile<Traits, true>(params, shared, position, warpgroup, thread, sums);
+      store_tile<Traits, true>(params, shared, current, to, warpgroup, thread, sums);
     } else {
-      store_tile<Traits, false>(params, shared, position, warpgroup, thread, sums);
+      store_tile<Traits, false>(params, shared, current, to, warpgroup, thread, sums);
     }
   }
   if (thread == 0) tma_store_wait<0>();
