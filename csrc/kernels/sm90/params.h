@@ -106,6 +106,7 @@ struct WeightGradReduceParams {
   int32_t kernel_columns;
   int32_t segments;
   int32_t taps_per_block;
+  int32_t groups;  // of segments, summed apart
   bool accumulate;
   Strides4 output_strides;
   const float* partial_sums;
