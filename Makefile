@@ -1,6 +1,7 @@
 # make demo   set up, build, and train a Split-CNN on real images (about 3 minutes after the set-up)
 # make test   set up, build, and run all tests
 # make build  set up and build only
+# make gpu-evidence   tests, sanitizer and benchmarks on this machine's GPU, about 8 minutes, into bench/results/
 #
 # Needs Python 3.11 or 3.12, make and a C++20 compiler; with nvcc (CUDA_HOME, or on the PATH) the CUDA kernels are
 # built too. Everything is installed into .venv in this folder and nowhere else.
@@ -24,6 +25,7 @@ DEMO_OUT := demo-output
 DEMO_ARGS := --compare --out $(DEMO_OUT)
 TESTS := tests
 PYTEST_ARGS :=
+EVIDENCE_ARGS :=
 
 # Neither a PYTHONPATH nor packages of the user's may stand in for what the environment lacks.
 unexport PYTHONPATH PYTHONHOME
@@ -35,7 +37,7 @@ set_up = @if [ -z "$(PYTHON)" ]; then \
 
 NATIVE := $(VENV)/bin/python setup.py -q build_ext --inplace
 
-.PHONY: build demo test test-newest wheel lint format clean help
+.PHONY: build demo test gpu-evidence test-newest wheel lint format clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -62,6 +64,11 @@ demo: build
 
 test: build
 	SPLITKERN_REQUIRE_TORCHVISION=1 $(VENV)/bin/pytest $(PYTEST_ARGS) $(TESTS)
+
+# Resumable: EVIDENCE_ARGS=--resume. FULL=1 takes every layer. Where nothing can be installed, NO_VENV=1 uses PYTHON as
+# it is (torch, pytest): make gpu-evidence NO_VENV=1 PYTHON=python3
+gpu-evidence: $(if $(NO_VENV),,build)
+	$(if $(NO_VENV),$(PYTHON),$(VENV)/bin/python) scripts/gpu_evidence.py $(if $(FULL),--full) $(EVIDENCE_ARGS)
 
 wheel: build
 	@rm -rf dist

@@ -1,7 +1,9 @@
 #!/bin/sh
 # Runs one nvcc command (the arguments) for CMake, as CUDA_COMPILER_LAUNCHER.
 # Keeps what ptxas reports (registers, shared memory, spills) in OBJECT.ptxas.txt, and says nothing when all is well.
-# Fails also on the notes numbered C75xx (wgmma serialised, setmaxnreg dropped), which nvcc does not count as warnings.
+# Fails also on the notes numbered C75xx (wgmma serialised, setmaxnreg dropped), which nvcc does not count as warnings,
+# and where a kernel overruns its budget in csrc/kernels/budgets.h.
+here=$(dirname "$0")
 object=
 previous=
 for argument in "$@"; do
@@ -20,6 +22,10 @@ if [ $status -ne 0 ]; then
 fi
 if grep -e 'C75[0-9][0-9]' "$report" >&2; then
   echo "$object: ptxas note C75xx: the kernel lost its asynchronous schedule" >&2
+  rm -f "$object"
+  exit 1
+fi
+if ! awk -f "$here/check_budgets.awk" "$here/../csrc/kernels/budgets.h" "$report" >&2; then
   rm -f "$object"
   exit 1
 fi

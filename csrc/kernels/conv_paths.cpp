@@ -5,23 +5,14 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
-#include "plain/conv.h"
-#if __has_include("depthwise/conv.h")
 #include "depthwise/conv.h"
-#define SPLITKERN_HAS_DEPTHWISE
-#endif
-#if __has_include("first_layer/conv.h")
 #include "first_layer/conv.h"
-#define SPLITKERN_HAS_FIRST_LAYER
-#endif
-#if __has_include("sm90/conv.h")
-#include "sm90/conv.h"
-#define SPLITKERN_HAS_SM90
-#endif
-#if __has_include("sm80/conv.h")
+#include "plain/conv.h"
 #include "sm80/conv.h"
-#define SPLITKERN_HAS_SM80
+#ifndef SPLITKERN_WITHOUT_SM90  // a build for other architectures alone
+#include "sm90/conv.h"
 #endif
 
 namespace splitkern::kernels {
@@ -39,13 +30,6 @@ constexpr PathName kNames[] = {{Path::kPlain, "plain"},
                                {Path::kSm80, "sm80"},
                                {Path::kSm90, "sm90"}};
 
-const char* name_of(Path path) {
-  for (const PathName& entry : kNames) {
-    if (entry.path == path) return entry.name;
-  }
-  throw std::logic_error("splitkern: a path without a name");
-}
-
 template <class Params>
 struct Candidate {
   Path path;
@@ -59,21 +43,15 @@ struct Candidate {
 // The most preferred first; plain, which takes everything, last.
 template <class Params>
 constexpr Candidate<Params> kCandidates[] = {
-#ifdef SPLITKERN_HAS_DEPTHWISE
     {Path::kDepthwise, "few channels per group: a direct kernel moves the fewest bytes", 80, kAnyCapability,
      &depthwise::refusal, &depthwise::workspace_bytes, &depthwise::launch},
-#endif
-#ifdef SPLITKERN_HAS_FIRST_LAYER
     {Path::kFirstLayer, "few input channels: the reduction is packed across taps", 80, kAnyCapability,
      &first_layer::refusal, &first_layer::workspace_bytes, &first_layer::launch},
-#endif
-#ifdef SPLITKERN_HAS_SM90
+#ifndef SPLITKERN_WITHOUT_SM90
     {Path::kSm90, "tensor cores by wgmma, fed by TMA", 90, 90, &sm90::refusal, &sm90::workspace_bytes, &sm90::launch},
 #endif
-#ifdef SPLITKERN_HAS_SM80
     {Path::kSm80, "tensor cores by mma.sync, fed by cp.async", 80, kAnyCapability, &sm80::refusal,
      &sm80::workspace_bytes, &sm80::launch},
-#endif
     {Path::kPlain, "any shape, type and strides", 0, kAnyCapability, &plain::refusal, &plain::workspace_bytes,
      &plain::launch},
 };
@@ -108,6 +86,7 @@ std::string why_not(const Candidate<Params>& candidate, const Params& params, co
 template <class Params>
 PathChoice choose(const Params& params, const DeviceTraits& traits, const std::string& common_refusal) {
   const int32_t forced = forced_path.load(std::memory_order_relaxed);
+  // Texts grow by append: GCC 12 warns, wrongly, of overlaps in what it inlines of `"text" + string`.
   std::string others;
   for (const Candidate<Params>& candidate : kCandidates<Params>) {
     if (forced != kAutomatic && static_cast<int32_t>(candidate.path) != forced) continue;
@@ -122,7 +101,7 @@ PathChoice choose(const Params& params, const DeviceTraits& traits, const std::s
       throw std::runtime_error(std::string(Params::kOperator) + ": the path " + name_of(candidate.path) +
                                " was forced, but it does not take this call: " + refusal);
     }
-    others += std::string("; not ") + name_of(candidate.path) + ": " + refusal;
+    others.append("; not ").append(name_of(candidate.path)).append(": ").append(refusal);
   }
   throw std::runtime_error(std::string(Params::kOperator) + ": the path " + name_of(static_cast<Path>(forced)) +
                            " was forced, but this build does not hold it");
@@ -139,6 +118,13 @@ void launch_chosen(const PathChoice& choice, const Params& params, const DeviceT
 
 }  // namespace
 
+const char* name_of(Path path) {
+  for (const PathName& entry : kNames) {
+    if (entry.path == path) return entry.name;
+  }
+  throw std::logic_error("splitkern: a path without a name");
+}
+
 PathChoice choose_path(const ConvForwardParams& params, const DeviceTraits& traits) {
   return choose(params, traits, {});
 }
@@ -150,12 +136,17 @@ PathChoice choose_path(const ConvInputGradParams& params, const DeviceTraits& tr
 PathChoice choose_path(const ConvWeightGradParams& params, std::span<const PatchGrid> grids,
                        const DeviceTraits& traits) {
   ConvWeightGradParams first = params;
-  if (!grids.empty()) first.grid = grids[0];
-  PathChoice choice = choose(first, traits,
-                             grids.empty()      ? "there is nothing to add up"
-                             : grids.size() > 1 ? "more than " + std::to_string(kMaxPatchesPerAxis) +
-                                                      " patches on an axis, which are summed over several launches"
-                                                : std::string());
+  std::string common_refusal;
+  if (grids.empty()) {
+    common_refusal = "there is nothing to add up";
+  } else {
+    first.grid = grids[0];
+    if (grids.size() > 1) {
+      common_refusal.append("more than ").append(std::to_string(kMaxPatchesPerAxis));
+      common_refusal.append(" patches on an axis, which are summed over several launches");
+    }
+  }
+  PathChoice choice = choose(first, traits, common_refusal);
   if (choice.path == Path::kPlain) choice.workspace_bytes = plain::weight_grad_workspace_bytes(params, grids.size());
   return choice;
 }
@@ -183,6 +174,18 @@ bool plain_path_is_forced() {
 }
 
 }  // namespace splitkern::kernels
+
+extern "C" const char* splitkern_conv_paths() {
+  using namespace splitkern::kernels;
+  static const std::string names = [] {
+    std::string text;
+    for (const auto& candidate : kCandidates<ConvForwardParams>) {
+      text.append(text.empty() ? "" : " ").append(name_of(candidate.path));
+    }
+    return text;
+  }();
+  return names.c_str();
+}
 
 extern "C" int splitkern_force_path(const char* name) {
   using namespace splitkern::kernels;

@@ -9,6 +9,8 @@
 
 namespace splitkern::kernels {
 
+const char* name_of(Path path);
+
 // Throw where a forced path (splitkern_force_path) refuses the call.
 PathChoice choose_path(const ConvForwardParams& params, const DeviceTraits& traits);
 PathChoice choose_path(const ConvInputGradParams& params, const DeviceTraits& traits);
@@ -29,6 +31,9 @@ void launch_path(const PathChoice& choice, const ConvWeightGradParams& params, s
 bool plain_path_is_forced();
 
 }  // namespace splitkern::kernels
+
+// The names of the paths in this build, the most preferred first, with a space between.
+extern "C" __attribute__((visibility("default"))) const char* splitkern_conv_paths();
 
 // For tests and benchmarks: every convolution of this library takes the named path ("plain", "depthwise",
 // "first_layer", "sm80", "sm90"), and a call that the path refuses throws. Null or "": automatic again. Returns 0,

@@ -31,4 +31,13 @@ void dispatch_element_type(const char* operation, ElementType type, Function&& f
                            " has no kernel; supported are float64, float32, float16 and bfloat16");
 }
 
+// The same for the two 16-bit types alone.
+template <class Function>
+void dispatch_half_type(const char* operation, ElementType type, Function&& function) {
+  if (type == ElementType::kFloat16) return function(TypeTag<Half>{});
+  if (type == ElementType::kBFloat16) return function(TypeTag<BFloat16>{});
+  throw std::runtime_error(std::string(operation) + ": element type " + std::to_string(static_cast<int32_t>(type)) +
+                           " has no kernel; supported are float16 and bfloat16");
+}
+
 }  // namespace splitkern::kernels

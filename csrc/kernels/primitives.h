@@ -12,10 +12,12 @@
 
 #ifndef SPLITKERN_HOST_EXECUTION
 #include "primitives/device.h"
+#include "primitives/device_copy.h"
 #include "primitives/device_hopper.h"
 #include "primitives/device_mma.h"
 #else
-#include "host_execution/primitives/host.h"
+#include "host_execution/primitives/host_copy.h"
+#include "host_execution/primitives/host_hopper.h"
 #endif
 
 namespace splitkern::kernels {

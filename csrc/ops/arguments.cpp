@@ -453,8 +453,10 @@ Tensor new_strided(const Tensor& like, const int64_t* size, const int64_t* strid
                    ScalarType type) {
   const auto shim = [](auto value) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(value)); };
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, size, strides, shim(type), shim(like.device().type()),
-                                                  like.get_device_index(), &handle));
+  const AOTITorchError status = aoti_torch_empty_strided(dimensions, size, strides, shim(type),
+                                                         shim(like.device().type()), like.get_device_index(), &handle);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "out of memory: torch could not allocate a tensor of size ",
+                  show(IntList(size, size + dimensions)), " on ", device_name(like), "; its own message is on stderr");
   return Tensor(handle);
 }
 
@@ -488,6 +490,11 @@ Tensor new_output(const Tensor& like, const Sizes& size, ScalarType type) {
 
 Tensor new_contiguous(const Tensor& like, const Sizes& size, ScalarType type) {
   return new_contiguous_strides(like, size, type);
+}
+
+Tensor new_flat(const Tensor& like, int64_t elements, ScalarType type) {
+  const int64_t stride = 1;
+  return new_strided(like, &elements, &stride, 1, type);
 }
 
 Tensor new_statistics(const Tensor& like, const BatchNormCall& call) {

@@ -149,6 +149,7 @@ Tensor new_output(const Tensor& like, const Sizes& size, ScalarType type);
 
 // Uninitialised and contiguous, on `like`'s device.
 Tensor new_contiguous(const Tensor& like, const Sizes& size, ScalarType type);
+Tensor new_flat(const Tensor& like, int64_t elements, ScalarType type);
 Tensor new_statistics(const Tensor& like, const BatchNormCall& call);
 
 // A tensor given to write to has this shape and type and lies on `like`'s device; any strides.

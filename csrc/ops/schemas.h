@@ -61,6 +61,14 @@ inline void define_schemas(torch::stable::detail::StableLibrary& library) {
   library.def("patch_batch_norm_backward_apply.out(Tensor grad_output, Tensor input, " SPLITKERN_NORM
               "Tensor? sum_grad, Tensor? sum_grad_centered, " SPLITKERN_PATCHES
               ", str activation, *, Tensor(a!) output) -> ()");
+
+  // `by` forces what the call is made of: "auto", "engine" or "kernel".
+  library.def("offload(Tensor src, Tensor(a!) dst) -> ()");
+  library.def("offload.by(Tensor src, Tensor(a!) dst, *, str by) -> ()");
+  library.def("prefetch(Tensor src, Tensor(a!) dst) -> ()");
+  library.def("prefetch.by(Tensor src, Tensor(a!) dst, *, str by) -> ()");
+  library.def("offload_compressed(Tensor src, Tensor(a!) dst) -> ()");
+  library.def("prefetch_compressed(Tensor src, Tensor(a!) dst) -> ()");
 }
 
 #undef SPLITKERN_WINDOW

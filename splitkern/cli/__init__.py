@@ -12,7 +12,7 @@ from splitkern.cli.common import UserError
 _COMMANDS = {
     "train": "train an image classifier as a Split-CNN, and measure what that saves",
     "doctor": "what this machine has, and which kernels splitkern uses on it",
-    "bench": "measure memory and time against the unsplit network",
+    "bench": "measure networks against the unsplit ones, and kernels against PyTorch's",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

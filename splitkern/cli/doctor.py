@@ -1,6 +1,7 @@
 """`splitkern doctor`: what this machine has, which operator paths splitkern can use on it, and why not the others.
 
-Every path that is called available has just computed a small convolution, compared with PyTorch's.
+Every path that is called available has just computed a small convolution, compared with PyTorch's. With `--explain`
+instead: which kernels a given convolution or pooling would take, on this GPU or on another one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pathlib import Path
 
 import torch
 
-from splitkern._library import BuildInfo, build_info
+from splitkern._library import BuildInfo, build_info, forced_path
 from splitkern._version import __version__
+from splitkern.cli import explain as explanations
+from splitkern.cli import link as links
+from splitkern.cli.common import UserError, mib
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -42,7 +46,7 @@ class OperatorPath:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything the command reports. `usable` decides the exit code."""
+    """Everything the command reports. `usable` decides the exit code; `link` is measured, or says why not."""
 
     usable: bool
     splitkern: str
@@ -53,22 +57,40 @@ class Findings:
     gpus: tuple[Gpu, ...]
     build: BuildInfo
     paths: tuple[OperatorPath, ...]
+    link: links.Link | str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `splitkern doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--explain",
+        metavar="SHAPE",
+        help=f"say which kernels a convolution or pooling takes, and why: {explanations.USAGE}",
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="SM",
+        help=f"with --explain: a GPU other than this machine's, one of {', '.join(explanations.ARCHITECTURES)}",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the findings.
+    """Prints the findings, or the explanation that was asked for.
 
     Args:
-        args: parsed options: `json`.
+        args: parsed options: `json`, `explain`, `architecture`.
 
     Returns:
-        0 when splitkern can be used on this machine, 1 when not.
+        0 when splitkern can be used on this machine (or has explained), 1 when not.
+
+    Raises:
+        UserError: for a shape or an architecture that `--explain` cannot take.
     """
+    if args.explain is not None:
+        return _explain(args.explain, args.architecture, args.json)
+    if args.architecture is not None:
+        raise UserError("--architecture needs --explain")
     findings = examine()
     if args.json:
         print(json.dumps(dataclasses.asdict(findings), indent=2))
@@ -81,7 +103,7 @@ def examine() -> Findings:
     """Looks at torch, the driver, the GPUs and the native library, and tries every operator path."""
     build = build_info()
     gpus = tuple(_gpus(build.cuda_architectures))
-    paths = (_cpu_path(), _plain_cuda_path(build, gpus))
+    paths = (_cpu_path(), *_cuda_paths(build, gpus))
     return Findings(
         usable=any(path.available for path in paths),
         splitkern=__version__,
@@ -92,6 +114,7 @@ def examine() -> Findings:
         gpus=gpus,
         build=build,
         paths=paths,
+        link=_link(build, gpus),
     )
 
 
@@ -158,16 +181,44 @@ def _driver_version(file: Path) -> str | None:
     return None if match is None else match[1]
 
 
+def _link(build: BuildInfo, gpus: tuple[Gpu, ...]) -> links.Link | str:
+    """Copies of the current GPU to and from pinned host memory, or why none were made."""
+    reason = _why_no_cuda(build, gpus)
+    if reason is not None:
+        return reason
+    try:
+        return links.measure(torch.device("cuda", torch.cuda.current_device()))
+    except RuntimeError as error:  # of the allocations and of the copies
+        return str(error).splitlines()[0]
+
+
 def _cpu_path() -> OperatorPath:
     failure = _try_convolution(torch.device("cpu"))
     return OperatorPath("cpu", failure is None, failure or "a trial convolution equals PyTorch's")
 
 
-def _plain_cuda_path(build: BuildInfo, gpus: tuple[Gpu, ...]) -> OperatorPath:
+# What a path computes in its trial: dtype, input channels per group, groups.
+_TRIALS: dict[str, tuple[torch.dtype, int, int]] = {
+    "plain": (torch.float32, 3, 1),
+    "depthwise": (torch.bfloat16, 1, 16),
+    "first_layer": (torch.bfloat16, 3, 1),
+    "sm80": (torch.bfloat16, 16, 1),
+    "sm90": (torch.bfloat16, 16, 1),
+}
+
+
+def _cuda_paths(build: BuildInfo, gpus: tuple[Gpu, ...]) -> list[OperatorPath]:
+    """The plain path first, then the others as the library prefers them."""
     reason = _why_no_cuda(build, gpus)
-    if reason is None:
-        reason = _try_convolution(torch.device("cuda", torch.cuda.current_device()))
-    return OperatorPath("cuda plain", reason is None, reason or "a trial convolution equals PyTorch's")
+    names = sorted(explanations.conv_paths() or ("plain",), key=lambda name: name != "plain")
+    paths = []
+    for name in names:
+        failure = reason
+        if failure is None:
+            with forced_path(name):
+                failure = _try_convolution(torch.device("cuda", torch.cuda.current_device()), *_TRIALS[name])
+        paths.append(OperatorPath(f"cuda {name}", failure is None, failure or "a trial convolution equals PyTorch's"))
+    return paths
 
 
 def _why_no_cuda(build: BuildInfo, gpus: tuple[Gpu, ...]) -> str | None:
@@ -183,22 +234,51 @@ def _why_no_cuda(build: BuildInfo, gpus: tuple[Gpu, ...]) -> str | None:
     return None
 
 
-def _try_convolution(device: torch.device) -> str | None:
+def _try_convolution(
+    device: torch.device, dtype: torch.dtype = torch.float32, channels: int = 3, groups: int = 1
+) -> str | None:
     """Returns None where a split 3x3 convolution equals PyTorch's of each half, else what went wrong."""
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, 8, 6, generator=generator).to(device)
-    weight = torch.randn(4, 3, 3, 3, generator=generator).to(device)
-    halves = [torch.nn.functional.conv2d(half, weight, padding=1) for half in image.chunk(2, dim=2)]
+    format = torch.channels_last
+    image = torch.randn(1, channels * groups, 8, 6, generator=generator).to(device, dtype, memory_format=format)
+    weight = torch.randn(16, channels, 3, 3, generator=generator).to(device, dtype, memory_format=format)
+    halves = [
+        torch.nn.functional.conv2d(half, weight.float(), padding=1, groups=groups)
+        for half in image.float().chunk(2, dim=2)
+    ]
     try:
         result = torch.ops.splitkern.patch_conv2d(
-            image, weight, None, [1, 1], [1, 1], [1, 1], 1, [0, 4, 8], [0, 6], [0, 4, 8], [0, 6], "none"
+            image, weight, None, [1, 1], [1, 1], [1, 1], groups, [0, 4, 8], [0, 6], [0, 4, 8], [0, 6], "none"
         )
     except (RuntimeError, AttributeError) as error:  # AttributeError: the operator is not registered
         return f"a trial convolution failed: {str(error).splitlines()[0]}"
     expected = torch.cat(halves, dim=2)
-    error_size = ((result - expected).norm() / expected.norm()).item()
-    tolerance = 1e-2 if device.type == "cuda" else 1e-5  # PyTorch may compute its side in tf32 on CUDA
+    error_size = ((result.float() - expected).norm() / expected.norm()).item()
+    tolerance = 1e-2 if device.type == "cuda" else 1e-5  # on CUDA results are rounded to bf16, PyTorch's side to tf32
     return None if error_size <= tolerance else f"a trial convolution is off by {error_size:.1e} (relative L2)"
+
+
+def _explain(text: str, architecture: str | None, as_json: bool) -> int:
+    shape = explanations.parse(text)
+    device = explanations.device_for(architecture)
+    found = explanations.explain(shape, device)
+    if as_json:
+        answer = {
+            "shape": dataclasses.asdict(shape),
+            "device": dataclasses.asdict(device),
+            "passes": [dataclasses.asdict(one) for one in found],
+        }
+        print(json.dumps(answer, indent=2))
+        return 0
+    print(f"on {device.name}, {device.multiprocessors} multiprocessors")
+    for one in found:
+        because, *others = one.reason.split("; not ")
+        print(f"{one.operation:<12}{because}")
+        for other in others:
+            print(f"{'':<12}  not {other}")
+        if one.workspace_bytes:
+            print(f"{'':<12}  workspace {mib(one.workspace_bytes)}")
+    return 0
 
 
 def _as_text(findings: Findings) -> str:
@@ -223,10 +303,12 @@ def _as_text(findings: Findings) -> str:
         )
     if not findings.gpus:
         lines.append("GPU         none visible to PyTorch")
+    link = findings.link
+    lines.append(f"copies      {link.text if isinstance(link, links.Link) else f'not measured: {link}'}")
     lines.append("")
     lines.append("Operator paths")
     for path in findings.paths:
-        lines.append(f"  {path.name:<12}{'available' if path.available else 'not available'}: {path.reason}")
+        lines.append(f"  {path.name:<18}{'available' if path.available else 'not available'}: {path.reason}")
     lines.append("")
     lines.append("splitkern is usable here." if findings.usable else "splitkern is not usable here.")
     return "\n".join(lines)

@@ -14,6 +14,15 @@ from splitkern.ops.batch_norm import (
     patch_batch_norm_stats,
 )
 from splitkern.ops.conv import patch_conv2d, patch_conv2d_input_grad, patch_conv2d_weight_grad
+from splitkern.ops.copy import (
+    bytes_on_link,
+    compressed_bytes,
+    explain_copy,
+    offload,
+    offload_compressed,
+    prefetch,
+    prefetch_compressed,
+)
 from splitkern.ops.max_pool import (
     patch_max_pool2d,
     patch_max_pool2d_backward,
@@ -22,6 +31,11 @@ from splitkern.ops.max_pool import (
 
 __all__ = [
     "BatchNormResult",
+    "bytes_on_link",
+    "compressed_bytes",
+    "explain_copy",
+    "offload",
+    "offload_compressed",
     "patch_avg_pool2d",
     "patch_avg_pool2d_backward",
     "patch_batch_norm",
@@ -35,4 +49,6 @@ __all__ = [
     "patch_max_pool2d",
     "patch_max_pool2d_backward",
     "patch_max_pool2d_gather",
+    "prefetch",
+    "prefetch_compressed",
 ]

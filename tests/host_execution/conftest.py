@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def schedule(request: pytest.FixtureRequest) -> None:
+    """Every test sees the same order of threads, whatever ran before it."""
+    if {"operators", "host_library"} & set(request.fixturenames):
+        library: Path = request.getfixturevalue("host_library")
+        ctypes.CDLL(str(library)).splitkern_host_set_schedule(ctypes.c_uint64(1))
+
+
 @pytest.fixture(scope="session")
 def host_build() -> Path:
     """The build folder of the library, built without CUDA; incremental."""
@@ -60,6 +69,19 @@ def host_build() -> Path:
         f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
     )
     run(cmake, "--build", str(build), "--target", "_ops_host_execution", "--parallel", "2")
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_target(host_build: Path) -> Callable[[str], Path]:
+    """Builds another target of that folder and returns its file."""
+
+    def build(name: str) -> Path:
+        cmake = find_tool("cmake")
+        assert cmake is not None
+        run(cmake, "--build", str(host_build), "--target", name, "--parallel", "2")
+        return host_build / name
+
     return build
 
 

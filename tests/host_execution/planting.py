@@ -48,10 +48,9 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Bug:
+class Change:
     """``right`` occurs once in ``file`` and becomes ``wrong``; ``compiled`` are the sources that then differ.
 
-    ``check`` must raise AssertionError or RuntimeError whose text matches ``noticed_in``, in one of the schedules.
     Paths are relative to csrc/kernels.
     """
 
@@ -60,6 +59,15 @@ class Bug:
     file: str
     right: str
     wrong: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Bug(Change):
+    """In one of the schedules ``check`` must raise AssertionError or RuntimeError, its text matching ``noticed_in``."""
+
     check: Callable[[Build], None]
     noticed_in: str
     schedules: Sequence[int] = (1,)
@@ -68,35 +76,65 @@ class Bug:
         return self.name
 
 
-def build_with(bug: Bug, host_build: Path, folder: Path) -> Build:
-    """The library with some kernels compiled from a changed copy, its operators in a namespace of their own."""
+@dataclass(frozen=True)
+class Race(Change):
+    """A barrier is taken out: ThreadSanitizer must name a line of ``file`` when race_check runs ``check``."""
+
+    check: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def changed_objects(
+    change: Change, host_build: Path, folder: Path, targets: tuple[str, ...], again: set[str], *flags: str
+) -> tuple[str, list[str]]:
+    """The compiler, and the targets' objects; those that the change affects are compiled from a changed copy."""
     source = folder / "csrc"
     shutil.copytree(ROOT / "csrc", source)
-    changed = source / "kernels" / bug.file
+    changed = source / "kernels" / change.file
     text = changed.read_text()
-    assert text.count(bug.right) == 1, f"{bug.file} must hold {bug.right!r} once for the bug to be planted"
-    changed.write_text(text.replace(bug.right, bug.wrong))
+    assert text.count(change.right) == 1, f"{change.file} must hold {change.right!r} once for the bug to be planted"
+    changed.write_text(text.replace(change.right, change.wrong))
 
-    namespace = "splitkern_" + "".join(c if c.isalnum() else "_" for c in bug.name)
-    compiled = (bug.compiled,) if isinstance(bug.compiled, str) else bug.compiled
-    again = {f"kernels/{path}".replace("/", "_").replace(".", "_") + ".cpp" for path in compiled} | {"library.cpp"}
+    compiled = (change.compiled,) if isinstance(change.compiled, str) else change.compiled
+    again = again | {f"kernels/{path}".replace("/", "_").replace(".", "_") + ".cpp" for path in compiled}
+    compiler = ""
     objects = []
     for entry in json.loads((host_build / "compile_commands.json").read_text()):
-        if "_ops_host_execution.dir" not in entry["command"]:
+        if not any(f"/{target}.dir/" in entry["output"] for target in targets):
             continue
         path = Path(entry["file"])
+        words = shlex.split(entry["command"])
         if path.parent.name != "host_execution" or path.name not in again:
             objects.append(str(host_build / entry["output"]))
             continue
         again.remove(path.name)
-        target = str(folder / f"{path.stem}.o")
-        words = [word.replace(str(ROOT / "csrc"), str(source)) for word in shlex.split(entry["command"])]
-        words[words.index("-o") + 1] = target
-        run(*words, f"-DSPLITKERN_HOST_NAMESPACE={namespace}", "-O0" if path.name == "library.cpp" else "-O2")
         compiler = words[0]
-        objects.append(target)
+        objects.append(str(folder / f"{path.stem}.o"))
+        words = [word.replace(str(ROOT / "csrc"), str(source)) for word in words]
+        words[words.index("-o") + 1] = objects[-1]
+        run(*words, *flags, *(["-O0"] if path.name == "library.cpp" else []))
     assert not again, f"the build has no command for {again}"
+    return compiler, objects
+
+
+def build_with(bug: Bug, host_build: Path, folder: Path) -> Build:
+    """The library with some kernels compiled from a changed copy, its operators in a namespace of their own."""
+    namespace = "splitkern_" + "".join(c if c.isalnum() else "_" for c in bug.name)
+    compiler, objects = changed_objects(
+        *(bug, host_build, folder, ("_ops_host_execution", "host_execution_machine"), {"library.cpp"}),
+        *("-O2", f"-DSPLITKERN_HOST_NAMESPACE={namespace}"),
+    )
     library = folder / f"{namespace}.so"
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     run(compiler, "-shared", "-Wl,--no-undefined", "-o", str(library), *objects, str(torch_library))
     return Build(load(library, namespace), library)
+
+
+def build_race_check_with(race: Race, host_build: Path, folder: Path) -> Path:
+    """The program that runs the kernels under ThreadSanitizer, some of them compiled from a changed copy."""
+    compiler, objects = changed_objects(race, host_build, folder, ("race_check", "race_check_machine"), set())
+    program = folder / "race_check"
+    run(compiler, "-fsanitize=thread", "-o", str(program), *objects)
+    return program

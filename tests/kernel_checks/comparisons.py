@@ -92,6 +92,11 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str, gener
     if layout == "channels_last":
         return values.contiguous(memory_format=torch.channels_last)
     n, c, h, w = shape
+    if layout == "aligned channels_last view":  # what a patch of a joined tensor is
+        parent = torch.full((n + 1, c + 16, h + 3, w + 2), 1e3, dtype=dtype)
+        view = parent.contiguous(memory_format=torch.channels_last)[1:, 8 : c + 8, 2 : h + 2, 1 : w + 1]
+        view.copy_(values)
+        return view
     if layout == "channels_last part":  # rows and columns of a larger tensor, all of its channels
         parent = torch.full((n + 1, c, h + 3, w + 2), 1e3, dtype=dtype).contiguous(memory_format=torch.channels_last)
         return parent[1:, :, 2 : h + 2, 1 : w + 1].copy_(values)
@@ -113,16 +118,25 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(
-    name: str, actual: Tensor, truth: Tensor, same_type: Tensor, terms: int, summed: Tensor | None = None
+    name: str,
+    actual: Tensor,
+    truth: Tensor,
+    same_type: Tensor,
+    terms: int,
+    summed: Tensor | None = None,
+    tf32: bool = False,
 ) -> None:
-    """`summed`: the largest of the terms, where they cancel so far that their rounding outweighs the result."""
+    """`summed`: the largest of the terms, where they cancel so far that their rounding outweighs the result.
+
+    `tf32`: both factors of each term may be off by 2^-12; independent errors of the terms leave the sum no worse.
+    """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == same_type.dtype, f"{name}: {actual.dtype}, expected {same_type.dtype}"
     if actual.numel() == 0:
         return
     unit = 2.0**-48 if actual.dtype == torch.float64 else 2.0**-24
     cancellation = 1.0 if summed is None else max(1.0, summed.norm().item() / max(truth.norm().item(), 1e-300))
-    limit = 2 * relative_error(same_type, truth) + math.sqrt(terms) * unit * cancellation
+    limit = 2 * relative_error(same_type, truth) + math.sqrt(terms) * unit * cancellation + (2.0**-11 if tf32 else 0)
     error = relative_error(actual, truth)
     largest = (actual.double() - truth).abs().max().item()
     assert error <= limit, f"{name}: relative error {error:.3g} over {limit:.3g}; largest element error {largest:.3g}"
@@ -144,7 +158,9 @@ def _run_reference(
     ]
 
 
-def conv2d(operators: Operators, case: Case, dtype: torch.dtype, layout: str, activation: str = "none") -> None:
+def conv2d(
+    operators: Operators, case: Case, dtype: torch.dtype, layout: str, activation: str = "none", tf32: bool = False
+) -> None:
     g = case.geometry
     generator = torch.Generator().manual_seed(1)
     input = random_tensor((case.batch, case.in_channels, *g.in_size), dtype, layout, generator)
@@ -167,25 +183,25 @@ def conv2d(operators: Operators, case: Case, dtype: torch.dtype, layout: str, ac
     same = reference(input, weight, bias)
     taps = g.kernel[0] * g.kernel[1]
     actual = operators("patch_conv2d", input, weight, bias, *window, activation)
-    assert_accurate("patch_conv2d", actual, truth, same, per_group * taps + 1)
+    assert_accurate("patch_conv2d", actual, truth, same, per_group * taps + 1, tf32=tf32)
     if activation != "none":
         return
     without_bias = operators("patch_conv2d", input, weight, None, *window, activation)
     truth, truths = _run_reference(linear, [input, weight], grad_output, torch.float64)
     same, sames = _run_reference(linear, [input, weight], grad_output, dtype)
-    assert_accurate("patch_conv2d without bias", without_bias, truth, same, per_group * taps)
+    assert_accurate("patch_conv2d without bias", without_bias, truth, same, per_group * taps, tf32=tf32)
     input_grad = operators("patch_conv2d_input_grad", grad_output, weight, list(input.shape), *window)
     terms = case.out_channels // case.groups * taps
-    assert_accurate("patch_conv2d_input_grad", input_grad, truths[0], sames[0], terms)
+    assert_accurate("patch_conv2d_input_grad", input_grad, truths[0], sames[0], terms, tf32=tf32)
     weight_grad = operators("patch_conv2d_weight_grad", grad_output, input, list(weight.shape), *window)
     terms = max(case.batch * g.out_size[0] * g.out_size[1], 1)
-    assert_accurate("patch_conv2d_weight_grad", weight_grad, truths[1], sames[1], terms)
+    assert_accurate("patch_conv2d_weight_grad", weight_grad, truths[1], sames[1], terms, tf32=tf32)
 
     accumulated = operators.move(torch.ones_like(weight))
     moved = [operators.move(grad_output), operators.move(input)]
     overload = operators.namespace.patch_conv2d_weight_grad.out
     overload(*moved, list(weight.shape), *window, True, output=accumulated)
-    assert_accurate("accumulated weight gradient", accumulated.cpu(), truths[1] + 1, sames[1] + 1, terms + 1)
+    assert_accurate("accumulated weight gradient", accumulated.cpu(), truths[1] + 1, sames[1] + 1, terms + 1, tf32=tf32)
 
 
 def _with_ties(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@
 
 #define __global__
 #define __grid_constant__
+#define __launch_bounds__(...)
 #define SPLITKERN_DEVICE inline
 #define SPLITKERN_HOST_DEVICE inline
 
@@ -271,13 +272,19 @@ struct Closure {
   }
 };
 
+template <class Params>
+void run(void (*kernel)(Params), Dim3 grid, uint32_t cluster_blocks, Dim3 block, size_t shared_bytes,
+         const Params& params) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 32764);
+  const Closure<Params> closure{kernel, &params};
+  host::execute({Params::kOperator, grid, block, cluster_blocks, shared_bytes, &Closure<Params>::run, &closure});
+}
+
 }  // namespace host_launch
 
 template <class Params>
 void launch(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t, const Params& params) {
-  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 32764);
-  const host_launch::Closure<Params> closure{kernel, &params};
-  host::execute({Params::kOperator, grid, block, 1, shared_bytes, &host_launch::Closure<Params>::run, &closure});
+  host_launch::run(kernel, grid, 1, block, shared_bytes, params);
 }
 
 }  // namespace splitkern::kernels

@@ -1,5 +1,5 @@
 // The scheduler of host execution: blocks of cooperative threads on one CPU core. Used by the host
-// primitives (host.h and its siblings), implemented in machine.cpp. Everything here belongs to the
+// primitives (host.h and its siblings), implemented in ../machine/scheduler.cpp. Everything here belongs to the
 // operating-system thread that called launch.
 #pragma once
 
@@ -32,6 +32,7 @@ inline constexpr uint32_t kSharedBase = 1024;
 struct Block;
 struct Fiber;
 struct ThreadExtension;
+struct BlockExtension;
 
 // What a thread waits for, for the report of a deadlock.
 struct WaitReason {
@@ -49,8 +50,9 @@ struct Thread {
   enum class State : uint8_t { kUnstarted, kRunning, kReady, kWaiting, kFinished } state;
   WaitReason reason;
   void* payload;               // of the collective under way
-  ThreadExtension* extension;  // asynchronous work of this thread (async.h); null until there is any
+  ThreadExtension* extension;  // its asynchronous work (extension.h); null until there is any
   void* race_context;
+  uint32_t quiet;  // see machine/race.h
 };
 
 // A meeting of the lanes of a warp or of the threads at a barrier.
@@ -72,7 +74,8 @@ struct Block {
   size_t shared_bytes;
   std::vector<Meeting> warps;
   Meeting barriers[kNamedBarriers];
-  Thread* thread;  // [threads]
+  Thread* thread;             // [threads]
+  BlockExtension* extension;  // its asynchronous work (extension.h); null until there is any
 };
 
 struct Launch {
@@ -122,6 +125,8 @@ uint64_t random_bits();
 struct AsyncWork {
   virtual ~AsyncWork() = default;
   virtual void run() = 0;
+  // What a block must not end with, or null where nobody has to wait for it.
+  virtual const char* unfinished() const { return nullptr; }
 };
 void add_async(std::unique_ptr<AsyncWork> work);
 

@@ -2,6 +2,7 @@
 // block takes a fixed share of the pixels of one patch for up to 128 bytes of channels: its threads keep the channels'
 // parameters or sums in registers and walk over pixels; lanes, blocks and segments are then merged in a fixed order.
 // Every kernel reads and writes each element once.
+#include "../budgets.h"
 #include "../batch_norm_arithmetic.h"
 #include "../dispatch.h"
 #include "fast_divisor.h"
@@ -303,6 +304,7 @@ __global__ void batch_norm_stats_kernel(const __grid_constant__ StatsParams para
   }
 
   auto& shared = dynamic_shared<LaneSums<kElements>>();
+  static_assert(sizeof(shared) <= shared_budget("nhwc::batch_norm_stats_kernel"));
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     shared.first[thread_index() * kElements + i] = mean[i];
@@ -404,6 +406,7 @@ SPLITKERN_DEVICE float sum_over_lanes(float value, float (&sums)[kMergeWarps][kM
 
 __global__ void batch_norm_stats_merge_kernel(const __grid_constant__ StatsParams params) {
   auto& shared = dynamic_shared<MergeSums>();
+  static_assert(sizeof(shared) <= shared_budget("nhwc::batch_norm_stats_merge_kernel"));
   const MergeWork work = merge_work(params);
   float means[kSegmentsPerLane];
   float m2s[kSegmentsPerLane];
@@ -453,6 +456,7 @@ template <class T, int kBytes>
 __global__ void batch_norm_apply_kernel(const __grid_constant__ ApplyParams params) {
   constexpr int kElements = kBytes / sizeof(T);
   auto& stage = dynamic_shared<Stage<4, kTileChannelsOf<kBytes, T>>>();
+  static_assert(sizeof(stage) <= shared_budget("nhwc::batch_norm_apply_kernel"));
   const Work work = work_of<kElements>(params);
   stage.fill(work, kElements << params.blocks.tile_shift, params.channels, [&](uint32_t number, int32_t channel) {
     return normalising_number<T>(params, work.box.patch, number, channel);
@@ -505,6 +509,7 @@ template <class T, int kBytes>
 __global__ void batch_norm_backward_reduce_kernel(const __grid_constant__ BackwardReduceParams params) {
   constexpr int kElements = kBytes / sizeof(T);
   auto& shared = dynamic_shared<ReduceShared<kElements, kTileChannelsOf<kBytes, T>>>();
+  static_assert(sizeof(shared) <= shared_budget("nhwc::batch_norm_backward_reduce_kernel"));
   const Work work = work_of<kElements>(params);
   shared.stage.fill(
       work, kElements << params.blocks.tile_shift, params.channels,
@@ -583,6 +588,7 @@ __global__ void batch_norm_backward_reduce_kernel(const __grid_constant__ Backwa
 
 __global__ void batch_norm_backward_reduce_merge_kernel(const __grid_constant__ BackwardReduceParams params) {
   auto& shared = dynamic_shared<MergeSums>();
+  static_assert(sizeof(shared) <= shared_budget("nhwc::batch_norm_backward_reduce_merge_kernel"));
   const MergeWork work = merge_work(params);
   float grads[kSegmentsPerLane];
   float centered[kSegmentsPerLane];
@@ -606,6 +612,7 @@ template <class T, int kBytes>
 __global__ void batch_norm_backward_apply_kernel(const __grid_constant__ BackwardApplyParams params) {
   constexpr int kElements = kBytes / sizeof(T);
   auto& stage = dynamic_shared<Stage<6, kTileChannelsOf<kBytes, T>>>();
+  static_assert(sizeof(stage) <= shared_budget("nhwc::batch_norm_backward_apply_kernel"));
   const Work work = work_of<kElements>(params);
   const bool constant_statistics = params.sum_grad.values == nullptr;
   stage.fill(work, kElements << params.blocks.tile_shift, params.channels, [&](uint32_t number, int32_t channel) {

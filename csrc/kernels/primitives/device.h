@@ -164,9 +164,14 @@ SPLITKERN_DEVICE Vector load_global_streaming(const void* address) {
 template <class Vector>
 SPLITKERN_DEVICE void store_global(void* address, const Vector& value) {
   if constexpr (sizeof(Vector) == 16) {
-    *static_cast<uint4*>(address) = uint4{value.words[0], value.words[1], value.words[2], value.words[3]};
+    // As an assignment it may end up as four stores, each beside the instruction that computes its word.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+                 "r"(value.words[0]), "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
+                 : "memory");
   } else if constexpr (sizeof(Vector) == 8) {
-    *static_cast<uint2*>(address) = uint2{value.words[0], value.words[1]};
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(value.words[0]),
+                 "r"(value.words[1])
+                 : "memory");
   } else {
     *static_cast<Vector*>(address) = value;
   }

@@ -5,9 +5,9 @@
 
 #include <cuda.h>
 
-#include "../params.h"
 #include "device_mma.h"
 #include "device_wgmma.h"
+#include "tensor_maps.h"
 
 namespace splitkern::kernels {
 
@@ -74,34 +74,6 @@ SPLITKERN_DEVICE void cluster_barrier() {
 
 // --- Tensor maps, on the host -----------------------------------------------------------------------
 
-enum class Swizzle : int32_t { kNone, k32Bytes, k64Bytes, k128Bytes };
-
-// An NHWC view walked pixel by pixel in im2col order: W, H, then N inside the bounding box, whose lower corner
-// is `lower` and whose upper corner is extent - 1 + `upper`; pixels outside the view read as zero. All extents
-// in elements or pixels, strides in bytes.
-struct Im2colMap {
-  ElementType type;
-  const void* base;
-  int32_t channels, columns, rows, images;
-  int64_t column_stride_bytes, row_stride_bytes, image_stride_bytes;
-  int32_t lower_column, lower_row;
-  int32_t upper_column, upper_row;
-  int32_t column_step, row_step;  // between neighbouring base pixels: the convolution's stride
-  int32_t box_channels, box_pixels;
-  Swizzle swizzle;
-};
-
-// A plain box; the innermost dimension is contiguous. Positions outside read as zero and are not written.
-struct TiledMap {
-  ElementType type;
-  const void* base;
-  int32_t rank;
-  int32_t extents[5];
-  int64_t strides_bytes[4];  // of dimensions 1 .. rank - 1
-  int32_t box[5];
-  Swizzle swizzle;
-};
-
 struct TensorMap {
   CUtensorMap map;
 };
@@ -130,6 +102,35 @@ void launch_clusters(void (*kernel)(Params), Dim3 grid, uint32_t cluster_blocks,
   config.numAttrs = 1;
   void* arguments[] = {const_cast<Params*>(&params)};
   check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), Params::kOperator, where);
+}
+
+// --- Kernels that follow each other -----------------------------------------------------------------
+
+// As launch, but the kernel may start before the stream's previous kernel ends, once that one has allowed it in every
+// block or is done: its start-up hides behind the other's end. Until wait_for_previous_kernel it touches no memory
+// that another kernel writes.
+template <class Params>
+void launch_following(void (*kernel)(Params), Dim3 grid, Dim3 block, size_t shared_bytes, cudaStream_t stream,
+                      const Params& params, std::source_location where = std::source_location::current()) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), Params::kOperator, where);
+}
+SPLITKERN_DEVICE void allow_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Until the previous kernel has ended and what it wrote is visible.
+SPLITKERN_DEVICE void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // --- Tensor memory accelerator ----------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // CPU bodies of the operators, as library.cpp registers them: one function per schema, arguments in its order.
-// Defined in conv.cpp, max_pool.cpp, avg_pool.cpp and batch_norm.cpp of this folder.
+// Defined in conv.cpp, max_pool.cpp, avg_pool.cpp, batch_norm.cpp and copy.cpp of this folder.
 #pragma once
 
 #include <tuple>
@@ -77,5 +77,12 @@ void patch_batch_norm_backward_apply_out(const Tensor& grad_output, const Tensor
                                          const OptionalTensor& sum_grad, const OptionalTensor& sum_grad_centered,
                                          const IntList& rows, const IntList& cols, StringArgument activation,
                                          const Tensor& output);
+
+void offload(const Tensor& src, const Tensor& dst);
+void offload_by(const Tensor& src, const Tensor& dst, StringArgument by);
+void prefetch(const Tensor& src, const Tensor& dst);
+void prefetch_by(const Tensor& src, const Tensor& dst, StringArgument by);
+void offload_compressed(const Tensor& src, const Tensor& dst);
+void prefetch_compressed(const Tensor& src, const Tensor& dst);
 
 }  // namespace splitkern::cpu

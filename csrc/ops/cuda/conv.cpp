@@ -100,11 +100,7 @@ void run_weight_grad(const Tensor& grad_output, const Tensor& input, const ConvC
   params.grad_output = grad_output.const_data_ptr();
   params.input = input.const_data_ptr();
   params.output = output.mutable_data_ptr();
-  if (!grids.empty()) {
-    const int64_t launches = static_cast<int64_t>(grids.size());
-    const int64_t units = grad_output.size(0) * call.bounds.out_rows.back() * call.bounds.col_patches();
-    params.segments = reduction_segments(output.numel() * launches, units / launches);
-  }
+  if (!grids.empty()) describe_reduction(params, grad_output.size(0), call.bounds, grids.size());
 
   const kernels::DeviceTraits traits = kernels::device_traits();
   const kernels::PathChoice choice = kernels::choose_path(params, grids, traits);

@@ -1,7 +1,6 @@
 // See describe.h.
 #include "describe.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -81,13 +80,21 @@ int32_t reduction_segments(int64_t results, int64_t terms) {
   return static_cast<int32_t>(std::min(wanted, std::max<int64_t>(terms, 1)));
 }
 
+void describe_reduction(kernels::ConvWeightGradParams& params, int64_t batch, const Bounds& bounds, size_t grids) {
+  const int64_t weight_elements = static_cast<int64_t>(params.out_channels) * params.in_channels_per_group *
+                                  params.row_window.kernel * params.column_window.kernel;
+  const int64_t units = batch * bounds.out_rows.back() * bounds.col_patches();
+  const int64_t launches = static_cast<int64_t>(grids);
+  params.segments = reduction_segments(weight_elements * launches, units / launches);
+}
+
 Tensor new_workspace(const Tensor& like, int64_t elements) {
   const ScalarType type = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(like, {&elements, 1}, type);
+  return new_flat(like, elements, type);
 }
 
 Workspace::Workspace(const Tensor& like, int64_t size_bytes) {
-  if (size_bytes > 0) tensor_ = torch::stable::new_empty(like, {&size_bytes, 1}, ScalarType::Byte);
+  if (size_bytes > 0) tensor_ = new_flat(like, size_bytes, ScalarType::Byte);
 }
 
 }  // namespace splitkern::cuda

@@ -30,6 +30,9 @@ std::vector<kernels::PatchGrid> patch_grids(const char* operation, const Bounds&
 // one per term, and the same on every device, so that results do not depend on it.
 int32_t reduction_segments(int64_t results, int64_t terms);
 
+// Sets how many shares stage one of the weight gradient sums apart in each of the call's `grids`, at least one.
+void describe_reduction(kernels::ConvWeightGradParams& params, int64_t batch, const Bounds& bounds, size_t grids);
+
 // Uninitialised room for so many numbers of the accumulation type, on the device of `like`. Freed after
 // the launch, for torch's allocator hands it out again only behind the work queued on the same stream.
 Tensor new_workspace(const Tensor& like, int64_t elements);

@@ -1,5 +1,5 @@
 // The CUDA bodies of the operators, as the dispatcher calls them (schemas in ops/schemas.h). Defined in
-// conv.cpp, pool.cpp and batch_norm.cpp, registered in register.cpp.
+// conv.cpp, pool.cpp, batch_norm.cpp and copy.cpp, registered in register.cpp.
 #pragma once
 
 #include <optional>
@@ -85,5 +85,12 @@ void patch_batch_norm_backward_apply_out(const Tensor& grad_output, const Tensor
                                          const Tensor& invstd, OptionalTensor weight, OptionalTensor bias,
                                          OptionalTensor sum_grad, OptionalTensor sum_grad_centered, IntList rows,
                                          IntList cols, StringArgument activation, const Tensor& output);
+
+void offload(const Tensor& src, const Tensor& dst);
+void offload_by(const Tensor& src, const Tensor& dst, StringArgument by);
+void prefetch(const Tensor& src, const Tensor& dst);
+void prefetch_by(const Tensor& src, const Tensor& dst, StringArgument by);
+void offload_compressed(const Tensor& src, const Tensor& dst);
+void prefetch_compressed(const Tensor& src, const Tensor& dst);
 
 }  // namespace splitkern::cuda

@@ -5,35 +5,42 @@
 #include <torch/csrc/stable/library.h>
 
 #include "operators.h"
+#include "ops/errors.h"
 
 namespace splitkern::cuda {
 
 inline void register_bodies(torch::stable::detail::StableLibrary& library) {
-  library.impl("patch_conv2d", TORCH_BOX(&patch_conv2d));
-  library.impl("patch_conv2d.out", TORCH_BOX(&patch_conv2d_out));
-  library.impl("patch_conv2d_input_grad", TORCH_BOX(&patch_conv2d_input_grad));
-  library.impl("patch_conv2d_input_grad.out", TORCH_BOX(&patch_conv2d_input_grad_out));
-  library.impl("patch_conv2d_weight_grad", TORCH_BOX(&patch_conv2d_weight_grad));
-  library.impl("patch_conv2d_weight_grad.out", TORCH_BOX(&patch_conv2d_weight_grad_out));
-  library.impl("patch_max_pool2d", TORCH_BOX(&patch_max_pool2d));
-  library.impl("patch_max_pool2d.out", TORCH_BOX(&patch_max_pool2d_out));
-  library.impl("patch_max_pool2d_backward", TORCH_BOX(&patch_max_pool2d_backward));
-  library.impl("patch_max_pool2d_backward.out", TORCH_BOX(&patch_max_pool2d_backward_out));
-  library.impl("patch_max_pool2d_gather", TORCH_BOX(&patch_max_pool2d_gather));
-  library.impl("patch_max_pool2d_gather.out", TORCH_BOX(&patch_max_pool2d_gather_out));
-  library.impl("patch_avg_pool2d", TORCH_BOX(&patch_avg_pool2d));
-  library.impl("patch_avg_pool2d.out", TORCH_BOX(&patch_avg_pool2d_out));
-  library.impl("patch_avg_pool2d_backward", TORCH_BOX(&patch_avg_pool2d_backward));
-  library.impl("patch_avg_pool2d_backward.out", TORCH_BOX(&patch_avg_pool2d_backward_out));
-  library.impl("patch_batch_norm", TORCH_BOX(&patch_batch_norm));
-  library.impl("patch_batch_norm_stats", TORCH_BOX(&patch_batch_norm_stats));
-  library.impl("patch_batch_norm_stats.out", TORCH_BOX(&patch_batch_norm_stats_out));
-  library.impl("patch_batch_norm_apply", TORCH_BOX(&patch_batch_norm_apply));
-  library.impl("patch_batch_norm_apply.out", TORCH_BOX(&patch_batch_norm_apply_out));
-  library.impl("patch_batch_norm_backward_reduce", TORCH_BOX(&patch_batch_norm_backward_reduce));
-  library.impl("patch_batch_norm_backward_reduce.out", TORCH_BOX(&patch_batch_norm_backward_reduce_out));
-  library.impl("patch_batch_norm_backward_apply", TORCH_BOX(&patch_batch_norm_backward_apply));
-  library.impl("patch_batch_norm_backward_apply.out", TORCH_BOX(&patch_batch_norm_backward_apply_out));
+  SPLITKERN_BODY(library, "patch_conv2d", patch_conv2d);
+  SPLITKERN_BODY(library, "patch_conv2d.out", patch_conv2d_out);
+  SPLITKERN_BODY(library, "patch_conv2d_input_grad", patch_conv2d_input_grad);
+  SPLITKERN_BODY(library, "patch_conv2d_input_grad.out", patch_conv2d_input_grad_out);
+  SPLITKERN_BODY(library, "patch_conv2d_weight_grad", patch_conv2d_weight_grad);
+  SPLITKERN_BODY(library, "patch_conv2d_weight_grad.out", patch_conv2d_weight_grad_out);
+  SPLITKERN_BODY(library, "patch_max_pool2d", patch_max_pool2d);
+  SPLITKERN_BODY(library, "patch_max_pool2d.out", patch_max_pool2d_out);
+  SPLITKERN_BODY(library, "patch_max_pool2d_backward", patch_max_pool2d_backward);
+  SPLITKERN_BODY(library, "patch_max_pool2d_backward.out", patch_max_pool2d_backward_out);
+  SPLITKERN_BODY(library, "patch_max_pool2d_gather", patch_max_pool2d_gather);
+  SPLITKERN_BODY(library, "patch_max_pool2d_gather.out", patch_max_pool2d_gather_out);
+  SPLITKERN_BODY(library, "patch_avg_pool2d", patch_avg_pool2d);
+  SPLITKERN_BODY(library, "patch_avg_pool2d.out", patch_avg_pool2d_out);
+  SPLITKERN_BODY(library, "patch_avg_pool2d_backward", patch_avg_pool2d_backward);
+  SPLITKERN_BODY(library, "patch_avg_pool2d_backward.out", patch_avg_pool2d_backward_out);
+  SPLITKERN_BODY(library, "patch_batch_norm", patch_batch_norm);
+  SPLITKERN_BODY(library, "patch_batch_norm_stats", patch_batch_norm_stats);
+  SPLITKERN_BODY(library, "patch_batch_norm_stats.out", patch_batch_norm_stats_out);
+  SPLITKERN_BODY(library, "patch_batch_norm_apply", patch_batch_norm_apply);
+  SPLITKERN_BODY(library, "patch_batch_norm_apply.out", patch_batch_norm_apply_out);
+  SPLITKERN_BODY(library, "patch_batch_norm_backward_reduce", patch_batch_norm_backward_reduce);
+  SPLITKERN_BODY(library, "patch_batch_norm_backward_reduce.out", patch_batch_norm_backward_reduce_out);
+  SPLITKERN_BODY(library, "patch_batch_norm_backward_apply", patch_batch_norm_backward_apply);
+  SPLITKERN_BODY(library, "patch_batch_norm_backward_apply.out", patch_batch_norm_backward_apply_out);
+  SPLITKERN_BODY(library, "offload", offload);
+  SPLITKERN_BODY(library, "offload.by", offload_by);
+  SPLITKERN_BODY(library, "prefetch", prefetch);
+  SPLITKERN_BODY(library, "prefetch.by", prefetch_by);
+  SPLITKERN_BODY(library, "offload_compressed", offload_compressed);
+  SPLITKERN_BODY(library, "prefetch_compressed", prefetch_compressed);
 }
 
 }  // namespace splitkern::cuda

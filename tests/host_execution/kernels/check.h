@@ -43,7 +43,8 @@ inline void refuses(const std::function<void()>& body, const std::vector<std::st
   }
   if (text.empty()) throw std::runtime_error("wrong: nothing was thrown; expected " + parts.front());
   for (const std::string& part : parts) {
-    if (text.find(part) == std::string::npos) throw std::runtime_error("wrong: \"" + text + "\" lacks \"" + part + "\"");
+    if (text.find(part) == std::string::npos)
+      throw std::runtime_error("wrong: \"" + text + "\" lacks \"" + part + "\"");
   }
 }
 // Over several schedules; true where any of them threw or returned false.
@@ -67,7 +68,7 @@ inline void in_every_schedule(const std::function<void()>& body, uint64_t schedu
 
 }  // namespace check
 
-#define CHECK_NAMED(identifier, name)                                     \
-  static void identifier();                                               \
+#define CHECK_NAMED(identifier, name)                                    \
+  static void identifier();                                              \
   static const check::Register register_##identifier(name, &identifier); \
   static void identifier()

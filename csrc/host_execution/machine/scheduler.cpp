@@ -1,8 +1,8 @@
-// The scheduler of host execution (primitives/machine.h): each CUDA thread is a fiber, a cluster of blocks
+// The scheduler of host execution (../primitives/machine.h): each CUDA thread is a fiber, a cluster of blocks
 // runs at a time, and always the ready thread of highest priority goes on. Priorities are drawn per warp and
 // change now and then, so that some warps starve while others run far ahead: the order in which a missing
 // barrier shows. Threads that never wait share one fiber and cost little more than a function call.
-#include "primitives/machine.h"
+#include "../primitives/machine.h"
 
 #include <sys/mman.h>
 
@@ -13,7 +13,7 @@
 #include <exception>
 #include <utility>
 
-#include "primitives/extension.h"
+#include "extension.h"
 #include "race.h"
 
 #ifndef __x86_64__
@@ -59,10 +59,9 @@ struct Fiber {
 
 namespace {
 
-constexpr size_t kStackBytes = 512 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kCanaryBytes = 1024;
-constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point type
 constexpr uint32_t kDemotionInterval = 64;
 
 std::atomic<uint64_t> schedule_seed{1};
@@ -77,9 +76,17 @@ uint64_t mix(uint64_t value) {  // splitmix64
 
 void fiber_main(Fiber* fiber);
 
+void* map_pages(void* where, size_t bytes) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (where != nullptr ? MAP_FIXED : 0);
+  void* mapping = mmap(where, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory");
+  return mapping;
+}
+
 struct FiberPool {
   std::vector<Fiber*> all;
   std::vector<Fiber*> idle;
+  Fiber* retiring = nullptr;  // under the race check: idle as soon as nobody runs on it any more
 
   ~FiberPool() {
     for (Fiber* fiber : all) {
@@ -90,9 +97,7 @@ struct FiberPool {
   static void prepare(Fiber& fiber);
   Fiber* take() {
     if (idle.empty()) {
-      void* mapping =
-          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory for another stack");
+      void* mapping = map_pages(nullptr, kStackBytes);
       mprotect(mapping, kGuardBytes, PROT_NONE);
       Fiber* fiber = new Fiber{static_cast<unsigned char*>(mapping), nullptr, nullptr};
       prepare(*fiber);
@@ -101,11 +106,18 @@ struct FiberPool {
     }
     Fiber* fiber = idle.back();
     idle.pop_back();
+#ifdef SPLITKERN_RACE_CHECK
+    // New pages: what an earlier thread did on the old ones must not look like a race with this one.
+    map_pages(fiber->mapping + kGuardBytes, kStackBytes - kGuardBytes);
+    prepare(*fiber);
+    if (retiring != nullptr) idle.push_back(std::exchange(retiring, nullptr));
+#endif
     return fiber;
   }
   // After a failed launch: the frames of threads that never finished are forgotten.
   void abandon_all() {
     idle = all;
+    retiring = nullptr;
     for (Fiber* fiber : all) prepare(*fiber);
   }
 };
@@ -154,7 +166,8 @@ struct Machine {
   uint32_t warps_per_block = 0;
   uint32_t finished = 0;
   Meeting cluster_meeting;
-  std::vector<std::unique_ptr<ThreadExtension>> extensions;
+  std::vector<std::unique_ptr<ThreadExtension>> thread_extensions;
+  std::vector<std::unique_ptr<BlockExtension>> block_extensions;
   std::vector<std::unique_ptr<AsyncWork>> async;
   unsigned char* shared_mapping = nullptr;
   size_t shared_mapping_bytes = 0;
@@ -181,9 +194,7 @@ struct Machine {
     random_state += 0x9e3779b97f4a7c15u;
     return mix(random_state);
   }
-  uint32_t random_below(uint32_t limit) {
-    return static_cast<uint32_t>((random() >> 32) * limit >> 32);
-  }
+  uint32_t random_below(uint32_t limit) { return static_cast<uint32_t>((random() >> 32) * limit >> 32); }
 
   void allocate(const Launch& next);
   void start_cluster(uint64_t first_block);
@@ -194,13 +205,15 @@ struct Machine {
   void resume(Thread& thread, void** save);
   void switch_to_main(void** save);
   std::string deadlock() const;
+  void drop_extensions() {
+    thread_extensions.clear();
+    block_extensions.clear();
+  }
 
   uint32_t warp_of(const Thread& thread) const {
     return thread.block->rank * warps_per_block + thread.index / kWarpThreads;
   }
-  void set_ready(Thread& thread) {
-    ready[warp_of(thread)] |= 1u << (thread.index % kWarpThreads);
-  }
+  void set_ready(Thread& thread) { ready[warp_of(thread)] |= 1u << (thread.index % kWarpThreads); }
   void begin(Thread& thread);
   void end(Thread& thread);
 };
@@ -236,10 +249,7 @@ void Machine::allocate(const Launch& next) {
     if (shared_mapping != nullptr) munmap(shared_mapping, shared_mapping_bytes);
     shared_mapping = nullptr;
     shared_mapping_bytes = 0;
-    void* mapping =
-        mmap(nullptr, block_bytes * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory for shared memory");
-    shared_mapping = static_cast<unsigned char*>(mapping);
+    shared_mapping = static_cast<unsigned char*>(map_pages(nullptr, block_bytes * count));
     shared_mapping_bytes = block_bytes * count;
   }
   blocks.assign(count, Block{});
@@ -264,12 +274,16 @@ void Machine::allocate(const Launch& next) {
 void Machine::start_cluster(uint64_t first_block) {
   finished = 0;
   error = nullptr;
+#ifdef SPLITKERN_RACE_CHECK
+  map_pages(shared_mapping, shared_mapping_bytes);  // as for the stacks
+#endif
   const Dim3& grid = launch->grid;
   for (Block& block : blocks) {
     const uint64_t linear = first_block + block.rank;
     block.index = {static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
                    static_cast<unsigned>(linear / grid.x / grid.y)};
     block.finished = 0;
+    block.extension = nullptr;
     if (block.shared_bytes != 0) fill_bytes(block.shared, kPoison, block.shared_bytes + kCanaryBytes);
     for (uint32_t warp = 0; warp < warps_per_block; ++warp) {
       const uint32_t lanes = std::min(kWarpThreads, block.threads - warp * kWarpThreads);
@@ -280,6 +294,8 @@ void Machine::start_cluster(uint64_t first_block) {
     thread.fiber = nullptr;
     thread.state = Thread::State::kUnstarted;
     thread.extension = nullptr;
+    thread.race_context = nullptr;
+    thread.quiet = 0;
   }
   const uint64_t draw = random();
   last_lane_first = (draw & 1) != 0;
@@ -333,6 +349,13 @@ void Machine::begin(Thread& thread) {
 }
 
 void Machine::end(Thread& thread) {
+#ifdef SPLITKERN_RACE_CHECK
+  race::release(&end_race_address);
+  race::enter(main_race_context);
+  race::destroy_context(thread.race_context);
+  thread.race_context = nullptr;
+#endif
+  if (thread.extension != nullptr) check_end_of_thread(thread);
   thread.state = Thread::State::kFinished;
   thread.fiber = nullptr;
   ++finished;
@@ -340,12 +363,6 @@ void Machine::end(Thread& thread) {
   ++block.finished;
   if (block.barriers[0].arrived != 0) complete_without(block.barriers[0], block.threads - block.finished);
   if (cluster_meeting.arrived != 0) complete_without(cluster_meeting, static_cast<uint32_t>(threads.size()) - finished);
-#ifdef SPLITKERN_RACE_CHECK
-  race::release(&end_race_address);
-  race::enter(main_race_context);
-  race::destroy_context(thread.race_context);
-  thread.race_context = nullptr;
-#endif
 }
 
 // Goes on with `thread`, which is not the current one, and returns when somebody comes back to `save`.
@@ -380,12 +397,20 @@ void fiber_main(Fiber* fiber) {
     } catch (...) {
       here.error = std::current_exception();
     }
+#ifdef SPLITKERN_RACE_CHECK
+    if (here.error != nullptr && race::current_context() != here.main_race_context) {
+      race::release(&here.end_race_address);
+      race::enter(here.main_race_context);
+    }
+    here.fibers.retiring = fiber;
+#else
     if (next != nullptr && next->state == Thread::State::kUnstarted) {
       fiber->thread = next;
       next->fiber = fiber;
       continue;
     }
     here.fibers.idle.push_back(fiber);
+#endif
     if (next == nullptr) {
       here.switch_to_main(&fiber->stack_pointer);
     } else {
@@ -422,6 +447,7 @@ std::string Machine::deadlock() const {
 
 void Machine::finish_cluster() {
   for (Block& block : blocks) {
+    if (block.extension != nullptr) check_end_of_block(block);
     if (block.shared_bytes == 0) continue;
     const unsigned char* canary = block.shared + block.shared_bytes;
     if (!std::all_of(canary, canary + kCanaryBytes, [](unsigned char byte) { return byte == kPoison; })) {
@@ -440,24 +466,36 @@ void Machine::run_cluster(uint64_t first_block) {
   const bool complete = error == nullptr && finished == threads.size();
   std::string report;
   if (complete) {
-    while (!async.empty()) run_async();  // stores that nobody needs to wait for
+    std::string unfinished;
+    for (const auto& work : async) {
+      if (const char* what = work->unfinished()) unfinished = what;
+    }
+    if (!unfinished.empty()) {
+      async.clear();
+      drop_extensions();
+      throw std::runtime_error(std::string(launch->operation) + ": a block ended with " + unfinished + " under way");
+    }
+    while (!async.empty()) run_async();
   } else if (error == nullptr) {
     report = deadlock();
   }
   if (complete) {
     finish_cluster();
-    extensions.clear();
+    drop_extensions();
     return;
   }
 #ifdef SPLITKERN_RACE_CHECK
-  for (Thread& thread : threads) {
-    if (thread.race_context != nullptr) race::destroy_context(thread.race_context);
-    thread.race_context = nullptr;
+  for (const Thread& thread : threads) {
+    if (thread.race_context == nullptr) continue;
+    race::enter(thread.race_context);
+    race::release(&end_race_address);
+    race::enter(main_race_context);
   }
+  race::acquire(&end_race_address);
 #endif
   fibers.abandon_all();
   async.clear();
-  extensions.clear();
+  drop_extensions();
   if (error != nullptr) std::rethrow_exception(std::exchange(error, nullptr));
   throw std::runtime_error(report);
 }
@@ -482,26 +520,32 @@ void execute(const Launch& launch) {
   Machine& here = machine;
   here.random_state = mix(schedule_seed.load() ^ mix(launch_number++));
   here.main_race_context = race::current_context();
-  here.allocate(launch);
   race::release(&here.launch_race_address);
 
   struct Scope {  // also when a thread throws
-    explicit Scope(const Launch& launch) { current_launch = &launch; }
+    explicit Scope(const Launch& launch) {
+      current_launch = &launch;
+      race::ignore();
+    }
     ~Scope() {
       current_launch = nullptr;
       current = nullptr;
+      race::acquire(race::end_of_launch());
+      race::heed();
     }
   } const scope(launch);
-  const uint64_t clusters = static_cast<uint64_t>(launch.grid.x) / launch.cluster_blocks * launch.grid.y * launch.grid.z;
+  here.allocate(launch);
+  const uint64_t clusters =
+      static_cast<uint64_t>(launch.grid.x) / launch.cluster_blocks * launch.grid.y * launch.grid.z;
   const bool last_first = (here.random() & 1) != 0;
   for (uint64_t i = 0; i < clusters; ++i) {
     here.run_cluster((last_first ? clusters - 1 - i : i) * launch.cluster_blocks);
   }
-  race::acquire(&here.end_race_address);
 }
 
 void fail(const std::string& text) {
-  const Thread& thread = current_thread();
+  if (current == nullptr) throw std::runtime_error(std::string(current_launch->operation) + ": " + text);
+  const Thread& thread = *current;
   throw std::runtime_error(std::string(current_launch->operation) + ": block " + to_text(thread.block->index) +
                            " thread " + std::to_string(thread.index) + ": " + text);
 }
@@ -548,6 +592,7 @@ void preemption_point() {
 
 void meet(Meeting& meeting, const char* what, uint32_t expected, void* payload, bool orders_memory,
           void (*action)(Block& block, uint32_t warp)) {
+  const race::Quiet quiet;
   Thread& self = current_thread();
   if (meeting.arrived != 0 && (std::strcmp(meeting.what, what) != 0 || meeting.expected != expected)) {
     fail(std::string("calls ") + what + " for " + std::to_string(expected) + " threads where others wait in " +
@@ -596,6 +641,13 @@ void meet_cluster() {
   meet(machine.cluster_meeting, "cluster_barrier", threads, nullptr, true, nullptr);
 }
 
+void* race::launching_context() {
+  return machine.main_race_context;
+}
+const void* race::end_of_launch() {
+  return &machine.end_race_address;
+}
+
 uint64_t random_bits() {
   return machine.random();
 }
@@ -607,10 +659,34 @@ void add_async(std::unique_ptr<AsyncWork> work) {
 ThreadExtension& extension() {
   Thread& self = current_thread();
   if (self.extension == nullptr) {
-    machine.extensions.push_back(std::make_unique<ThreadExtension>());
-    self.extension = machine.extensions.back().get();
+    machine.thread_extensions.push_back(std::make_unique<ThreadExtension>());
+    self.extension = machine.thread_extensions.back().get();
   }
   return *self.extension;
+}
+
+BlockExtension& block_extension(Block& block) {
+  if (block.extension == nullptr) {
+    machine.block_extensions.push_back(std::make_unique<BlockExtension>(block));
+    block.extension = machine.block_extensions.back().get();
+  }
+  return *block.extension;
+}
+
+BlockExtension::BlockExtension(const Block& block)
+    : shadow(block.shared_bytes, kPoison),
+      writers((block.shared_bytes + 15) / 16),
+      warpgroups(block.threads / kWarpgroupThreads) {}
+
+Block& block_of_cluster(uint32_t rank, const char* what) {
+  if (rank >= machine.blocks.size()) {
+    fail(std::string(what) + ": the cluster has no block " + std::to_string(rank));
+  }
+  Block& block = machine.blocks[rank];
+  if (block.finished == block.threads) {
+    fail(std::string(what) + ": block " + std::to_string(rank) + " of the cluster has ended");
+  }
+  return block;
 }
 
 #ifdef SPLITKERN_RACE_CHECK  // memcpy would be seen by ThreadSanitizer; the build keeps these loops loops
@@ -633,6 +709,7 @@ void fill_bytes(void* to, unsigned char value, size_t bytes) {
 #endif
 
 unsigned char* dynamic_shared(size_t bytes, const char* type) {
+  const race::Quiet quiet;
   const Block& block = *current_thread().block;
   if (bytes > block.shared_bytes) {
     fail(std::string("dynamic_shared<") + type + "> needs " + std::to_string(bytes) +

@@ -24,8 +24,8 @@ DeviceTraits device_traits() {
 
 // For the tests: what device_traits answers from here on.
 extern "C" __attribute__((visibility("default"))) void splitkern_host_set_device(int32_t compute_capability,
-                                                                               int32_t multiprocessors,
-                                                                               int64_t shared_memory_bytes) {
+                                                                                 int32_t multiprocessors,
+                                                                                 int64_t shared_memory_bytes) {
   const std::lock_guard lock(splitkern::kernels::mutex);
   splitkern::kernels::traits = {compute_capability, multiprocessors, shared_memory_bytes};
 }

@@ -1,0 +1,10 @@
+// Hopper kernels of the forward convolution in fp16; called by conv_forward.cu.
+#include "conv_gemm_instances.h"
+
+namespace splitkern::kernels::sm90 {
+
+template void launch_gemm_tile<Half, false>(int32_t tile, const GemmCall& call,
+                                            const std::vector<GemmProblem>& problems, int32_t multiprocessors,
+                                            cudaStream_t stream);
+
+}  // namespace splitkern::kernels::sm90

@@ -1,0 +1,10 @@
+// Hopper kernels of the input gradient in bf16; called by conv_input_grad.cu.
+#include "conv_gemm_instances.h"
+
+namespace splitkern::kernels::sm90 {
+
+template void launch_gemm_tile<BFloat16, true>(int32_t tile, const GemmCall& call,
+                                               const std::vector<GemmProblem>& problems, int32_t multiprocessors,
+                                               cudaStream_t stream);
+
+}  // namespace splitkern::kernels::sm90

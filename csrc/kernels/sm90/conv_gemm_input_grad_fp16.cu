@@ -1,0 +1,9 @@
+// Hopper kernels of the input gradient in fp16; called by conv_input_grad.cu.
+#include "conv_gemm_instances.h"
+
+namespace splitkern::kernels::sm90 {
+
+template void launch_gemm_tile<Half, true>(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
+                                           int32_t multiprocessors, cudaStream_t stream);
+
+}  // namespace splitkern::kernels::sm90

@@ -1,0 +1,46 @@
+"""The Hopper convolution path, executed by the CPU, against the definition in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitkern._library import forced_path
+from tests.kernel_checks import comparisons
+from tests.kernel_checks.cases import Case
+from tests.kernel_checks.comparisons import Operators
+from tests.kernel_checks.sm90 import GEMM_TILES, SMALL, WEIGHT_GRAD_TILES, tuned
+
+BY_NAME = {case.name: case for case in SMALL}
+
+
+@pytest.fixture(autouse=True)
+def forced(host_library: Path) -> Iterator[None]:
+    with forced_path("sm90", host_library):
+        yield
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_every_geometry(operators: Operators, case: Case) -> None:
+    index = SMALL.index(case)
+    layout = "aligned channels_last view" if index % 2 else "channels_last"
+    comparisons.conv2d(operators, case, torch.bfloat16 if index % 4 < 2 else torch.float16, layout)
+
+
+def test_bias_and_relu(operators: Operators) -> None:
+    comparisons.conv2d(operators, BY_NAME["channel tails"], torch.bfloat16, "channels_last", activation="relu")
+
+
+@pytest.mark.parametrize("tile", GEMM_TILES)
+def test_every_tile_of_forward_and_input_gradient(operators: Operators, host_library: Path, tile: int) -> None:
+    with tuned(host_library, gemm_tile=tile):
+        comparisons.conv2d(operators, BY_NAME["channel tails"], torch.bfloat16, "channels_last")
+
+
+@pytest.mark.parametrize("tile", WEIGHT_GRAD_TILES)
+def test_every_tile_of_the_weight_gradient(operators: Operators, host_library: Path, tile: int) -> None:
+    with tuned(host_library, weight_grad_tile=tile, weight_grad_segments=3):
+        comparisons.conv2d(operators, BY_NAME["channel tails"], torch.float16, "channels_last")
