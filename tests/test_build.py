@@ -91,7 +91,8 @@ def test_needs_no_python_and_no_cuda_library():
 
 
 def test_exports_what_python_calls_and_nothing_else():
-    of_the_kernels = {"conv_paths", "explain_conv2d", "force_path", "set_tf32_query", "tune_sm90"}
+    of_the_kernels = {"conv_paths", "explain_conv2d", "explain_copy", "explain_layer", "force_path", "set_tf32_query"}
+    of_the_kernels |= {"tune_copy", "tune_sm90"}
     expected = {"build_info", *(of_the_kernels if WITH_CUDA else ())}
     assert exported_functions(LIBRARY) == {f"splitkern_{name}" for name in expected}
 

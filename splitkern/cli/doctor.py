@@ -1,7 +1,7 @@
 """`splitkern doctor`: what this machine has, which operator paths splitkern can use on it, and why not the others.
 
 Every path that is called available has just computed a small convolution, compared with PyTorch's. With `--explain`
-instead: which kernels a given convolution or pooling would take, on this GPU or on another one.
+instead: which kernels a given call would take, on this GPU or on another one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         metavar="SHAPE",
-        help=f"say which kernels a convolution or pooling takes, and why: {explanations.USAGE}",
+        help=f"say which kernels a call takes, and why: {explanations.USAGE}",
     )
     parser.add_argument(
         "--architecture",

@@ -1,6 +1,7 @@
-"""`splitkern doctor --explain "conv2d ..."`: which kernels a call would take, and why not the faster ones; pooling too.
+"""`splitkern doctor --explain "conv2d ..."`: which kernels a call would take, and why not the faster ones.
 
-The native library answers from plain numbers, so neither a GPU nor a tensor is needed; the shape is read here.
+Convolution, pooling, batch norm and copies. The native library answers from plain numbers, so neither a GPU nor a
+tensor is needed; the shape is read here.
 """
 
 from __future__ import annotations
@@ -18,19 +19,26 @@ import torch
 from splitkern._library import build_info
 from splitkern.cli.common import UserError
 from splitkern.geometry import AxisNode, Bounds, Window, even_bounds, propagate
+from splitkern.ops.copy import explain_copy
 
 PASSES = ("forward", "input_grad", "weight_grad")
-POOLS = ("max_pool2d", "avg_pool2d")
-POOL_PASSES = ("forward", "backward")
+LAYER_PASSES = {
+    "max_pool2d": ("forward", "backward"),
+    "avg_pool2d": ("forward", "backward"),
+    "batch_norm": ("stats", "apply", "backward_reduce", "backward_apply"),
+    "copy": ("offload", "prefetch"),  # of one patch of a larger tensor
+}
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")  # tf32: fp32 tensors where PyTorch's setting allows tf32
 LAYOUTS = ("channels_last", "contiguous")
 _COMMON = "[fp64|fp32|tf32|fp16|bf16] [channels_last|contiguous] [grid RxC]"
 USAGE = (
     f'"conv2d NxCxHxW KxCxRxS [stride S] [padding P] [dilation D] [groups G] {_COMMON} '
-    f'[pass forward|input_grad|weight_grad]" or "max_pool2d|avg_pool2d NxCxHxW kernel K [stride S] [padding P] '
-    f'[dilation D] {_COMMON} [pass forward|backward]"; K, S, P and D may be ROWSxCOLUMNS'
+    f'[pass forward|input_grad|weight_grad]", "max_pool2d|avg_pool2d NxCxHxW kernel K [stride S] [padding P] '
+    f'[dilation D] {_COMMON} [pass forward|backward]" or "batch_norm|copy NxCxHxW {_COMMON}"; K, S, P and D may be '
+    "ROWSxCOLUMNS"
 )
 _ELEMENT_TYPES = {"fp64": 0, "fp32": 1, "tf32": 1, "fp16": 2, "bf16": 3}  # kernels::ElementType
+_TORCH_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in the order of kernels::ElementType
 _TEXT_BYTES = 16384
 
 
@@ -80,19 +88,19 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
-class PoolShape:
-    """A pooling as the text of `--explain` gives it; `operator` is one of `POOLS`."""
+class LayerShape:
+    """Another operator as the text of `--explain` gives it, one of `LAYER_PASSES`; a window where it has one."""
 
     operator: str
     input_size: tuple[int, int, int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     dtype: str = "bf16"
     layout: str = "channels_last"
     grid: tuple[int, int] = (1, 1)
-    passes: tuple[str, ...] = POOL_PASSES
+    passes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Explanation:
     """The path of one pass.
 
     Attributes:
-        operation: "forward", "input_grad" or "weight_grad"; of a pooling "forward" or "backward".
+        operation: "forward", "input_grad" or "weight_grad" of a convolution, else one of `LAYER_PASSES`.
         path: name of the path.
         reason: why this one and, for each one preferred to it, why not.
         workspace_bytes: device memory that the call takes beside its tensors.
@@ -112,7 +120,7 @@ class Explanation:
     workspace_bytes: int
 
 
-def parse(text: str) -> ConvShape | PoolShape:
+def parse(text: str) -> ConvShape | LayerShape:
     """Reads the text of `--explain`.
 
     Raises:
@@ -124,10 +132,9 @@ def parse(text: str) -> ConvShape | PoolShape:
     """
     words = text.split()
     operator = words[0] if words else ""
-    if operator not in ("conv2d", *POOLS):
-        raise UserError(
-            f"--explain must begin with conv2d, max_pool2d or avg_pool2d, got {text!r}; the form is {USAGE}"
-        )
+    if operator not in ("conv2d", *LAYER_PASSES):
+        known = ", ".join(("conv2d", *LAYER_PASSES))
+        raise UserError(f"--explain must begin with one of {known}, got {text!r}; the form is {USAGE}")
     names = ("input", "weight") if operator == "conv2d" else ("input",)
     if len(words) < 1 + len(names):
         raise UserError(
@@ -149,16 +156,19 @@ def parse(text: str) -> ConvShape | PoolShape:
                 f"and K a multiple of the groups, got {'x'.join(map(str, shape.weight_size))}"
             )
         return shape
-    if "kernel" not in given:
-        raise UserError(f"--explain: {operator} needs a kernel, got {text!r}; the form is {USAGE}")
-    given.setdefault("stride", given["kernel"])  # PyTorch's default
-    return PoolShape(operator, **found, **given)
+    if operator in ("max_pool2d", "avg_pool2d"):
+        if "kernel" not in given:
+            raise UserError(f"--explain: {operator} needs a kernel, got {text!r}; the form is {USAGE}")
+        given.setdefault("stride", given["kernel"])  # PyTorch's default
+    given.setdefault("passes", LAYER_PASSES[operator])
+    return LayerShape(operator, **found, **given)
 
 
 def _options(text: str, words: Sequence[str], operator: str) -> dict[str, Any]:
     """The words behind the sizes: types and layouts alone, the others with a value."""
-    passes = PASSES if operator == "conv2d" else POOL_PASSES
-    own = "groups" if operator == "conv2d" else "kernel"
+    passes = PASSES if operator == "conv2d" else LAYER_PASSES[operator]
+    window = ("stride", "padding", "dilation")
+    own = {"conv2d": (*window, "groups"), "max_pool2d": (*window, "kernel"), "avg_pool2d": (*window, "kernel")}
     found: dict[str, Any] = {}
 
     def put(name: str, value: object) -> None:
@@ -172,7 +182,7 @@ def _options(text: str, words: Sequence[str], operator: str) -> dict[str, Any]:
             put("dtype", word)
         elif word in LAYOUTS:
             put("layout", word)
-        elif word in (own, "stride", "padding", "dilation", "grid", "pass"):
+        elif word in (*own.get(operator, ()), "grid", "pass"):
             value = next(rest, None)
             if value is None:
                 raise UserError(f"--explain: {word} needs a value, and {text!r} ends there")
@@ -212,11 +222,11 @@ def device_for(architecture: str | None) -> Device:
     )
 
 
-def explain(shape: ConvShape | PoolShape, device: Device, library: Path | None = None) -> tuple[Explanation, ...]:
+def explain(shape: ConvShape | LayerShape, device: Device, library: Path | None = None) -> tuple[Explanation, ...]:
     """Asks the native library which kernels each pass takes.
 
     Args:
-        shape: the convolution or pooling.
+        shape: the convolution, or another operator.
         device: what it would run on.
         library: another file that holds the kernels; this package's library unless given.
 
@@ -229,7 +239,7 @@ def explain(shape: ConvShape | PoolShape, device: Device, library: Path | None =
         'plain'
     """
     loaded = ctypes.CDLL(str(library or build_info().library))
-    name = "splitkern_explain_conv2d" if isinstance(shape, ConvShape) else "splitkern_explain_pool2d"
+    name = "splitkern_explain_conv2d" if isinstance(shape, ConvShape) else "splitkern_explain_layer"
     ask = getattr(loaded, name, None)
     if ask is None:
         raise UserError(
@@ -237,6 +247,8 @@ def explain(shape: ConvShape | PoolShape, device: Device, library: Path | None =
         )
     kernel = shape.weight_size[2:] if isinstance(shape, ConvShape) else shape.kernel
     rows, columns = (_bounds(shape, kernel[axis], axis) for axis in (0, 1))
+    if isinstance(shape, LayerShape) and shape.operator == "copy":
+        return _explain_copies(shape, rows[0], columns[0], library)
     common = {
         "type": _ELEMENT_TYPES[shape.dtype],
         "channels_last": shape.layout == "channels_last",
@@ -266,9 +278,9 @@ def explain(shape: ConvShape | PoolShape, device: Device, library: Path | None =
                 **common,
             )
         else:
-            question = _PoolQuestion(
-                average=shape.operator == "avg_pool2d",
-                pass_=POOL_PASSES.index(operation),
+            question = _LayerQuestion(
+                operation=list(LAYER_PASSES).index(shape.operator),
+                pass_=LAYER_PASSES[shape.operator].index(operation),
                 kernel=shape.kernel,
                 **common,
             )
@@ -280,6 +292,17 @@ def explain(shape: ConvShape | PoolShape, device: Device, library: Path | None =
         path, workspace, reason = answer.split("\n", 2)
         found.append(Explanation(operation, path, reason, int(workspace)))
     return tuple(found)
+
+
+def _explain_copies(shape: LayerShape, rows: Bounds, columns: Bounds, library: Path | None) -> tuple[Explanation, ...]:
+    """The first patch of the tensor on the device, dense on the host; only strides count, so nothing is allocated."""
+    dtype = _TORCH_DTYPES[_ELEMENT_TYPES[shape.dtype]]
+    format = torch.channels_last if shape.layout == "channels_last" else torch.contiguous_format
+    whole = torch.empty(shape.input_size, dtype=dtype, device="meta", memory_format=format)
+    patch = whole[:, :, : rows[1], : columns[1]]
+    host = torch.empty(patch.shape, dtype=dtype, device="meta", memory_format=format)
+    answer = explain_copy(patch, host, library=library)
+    return tuple(Explanation(operation, answer.split(":")[0], answer, 0) for operation in shape.passes)
 
 
 def conv_paths(library: Path | None = None) -> tuple[str, ...]:
@@ -322,11 +345,11 @@ class _ConvQuestion(ctypes.Structure):
     ]
 
 
-class _PoolQuestion(ctypes.Structure):
-    """SplitkernPoolQuestion of csrc/ops/cuda/explain.h."""
+class _LayerQuestion(ctypes.Structure):
+    """SplitkernLayerQuestion of csrc/ops/cuda/explain.h."""
 
     _fields_ = [
-        ("average", ctypes.c_int32),
+        ("operation", ctypes.c_int32),
         ("pass_", ctypes.c_int32),
         ("type", ctypes.c_int32),
         ("channels_last", ctypes.c_int32),
@@ -343,7 +366,7 @@ def _array(bounds: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(bounds))(*bounds)
 
 
-def _bounds(shape: ConvShape | PoolShape, kernel: int, axis: int) -> tuple[Bounds, Bounds]:
+def _bounds(shape: ConvShape | LayerShape, kernel: int, axis: int) -> tuple[Bounds, Bounds]:
     """Input and output boundaries of one axis: even at the output, carried to the input."""
     extent, parts = shape.input_size[2 + axis], shape.grid[axis]
     window = Window(kernel, shape.stride[axis], shape.padding[axis], shape.dilation[axis])

@@ -38,8 +38,8 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must begin with conv2d, max_pool2d or avg_pool2d, got ''"),
-        ("conv3d 1x8x9x9 8x8x3x3", "must begin with conv2d, max_pool2d or avg_pool2d"),
+        ("", "must begin with one of conv2d, max_pool2d, avg_pool2d, batch_norm, copy, got ''"),
+        ("conv3d 1x8x9x9 8x8x3x3", "must begin with one of conv2d, "),
         ("conv2d 1x8x9x9", "needs the size of input and weight"),
         ("conv2d 1x8x9 8x8x3x3", "the input size must be four whole numbers such as 32x64x56x56, each at least 1"),
         ("conv2d 1x8x9x9 8x8x3xthree", "the weight size must be four whole numbers"),
@@ -62,6 +62,7 @@ def test_defaults() -> None:
         ("max_pool2d 1x8x9x9 stride 2", "max_pool2d needs a kernel"),
         ("max_pool2d 1x8x9x9 kernel 2 groups 2", "'groups' means nothing here"),
         ("avg_pool2d 1x8x9x9 kernel 2 pass input_grad", "pass must be one of forward, backward, got 'input_grad'"),
+        ("batch_norm 1x8x9x9 kernel 2", "'kernel' means nothing here"),
         ("conv2d 1x8x9x9 8x8x3x3 kernel 3", "'kernel' means nothing here"),
         ("conv2d 1x8x9x9 8x4x3x3", "C = 8, groups = 1 and K a multiple of the groups, got 8x4x3x3"),
         ("conv2d 1x8x9x9 9x4x3x3 groups 2", "groups = 2 and K a multiple of the groups, got 9x4x3x3"),
@@ -73,10 +74,10 @@ def test_refuses(text: str, message: str) -> None:
 
 
 def test_reads_poolings() -> None:
-    assert explain.parse("max_pool2d 2x64x56x40 kernel 3x2") == explain.PoolShape(
-        operator="max_pool2d", input_size=(2, 64, 56, 40), kernel=(3, 2), stride=(3, 2)
+    assert explain.parse("max_pool2d 2x64x56x40 kernel 3x2") == explain.LayerShape(
+        operator="max_pool2d", input_size=(2, 64, 56, 40), kernel=(3, 2), stride=(3, 2), passes=("forward", "backward")
     )
-    assert explain.parse("avg_pool2d 2x64x56x40 kernel 2 stride 1 padding 1 fp32 pass backward") == explain.PoolShape(
+    assert explain.parse("avg_pool2d 2x64x56x40 kernel 2 stride 1 padding 1 fp32 pass backward") == explain.LayerShape(
         operator="avg_pool2d",
         input_size=(2, 64, 56, 40),
         kernel=(2, 2),
@@ -85,6 +86,13 @@ def test_reads_poolings() -> None:
         dtype="fp32",
         passes=("backward",),
     )
+
+
+def test_reads_batch_norm_and_copies() -> None:
+    assert explain.parse("batch_norm 2x64x56x40 fp32 grid 2x2 pass apply") == explain.LayerShape(
+        operator="batch_norm", input_size=(2, 64, 56, 40), dtype="fp32", grid=(2, 2), passes=("apply",)
+    )
+    assert explain.parse("copy 2x64x56x40").passes == ("offload", "prefetch")
 
 
 def test_without_a_gpu_the_architecture_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,15 @@ def test_an_older_device_has_the_plain_path_alone(host_library: Path) -> None:
         assert found.reason.count("the device has compute capability 7.5") == len(others)
 
 
-@pytest.mark.parametrize("operator", explain.POOLS)
-def test_poolings(host_library: Path, operator: str) -> None:
-    text = f"{operator} 2x16x12x12 kernel 3 stride 2 padding 1 bf16 grid 2x2"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "max_pool2d 2x16x12x12 kernel 3 stride 2 padding 1 bf16 grid 2x2",
+        "avg_pool2d 2x16x12x12 kernel 2 fp32 grid 2x2",
+        "batch_norm 2x16x12x12 fp16 grid 2x2",
+    ],
+)
+def test_pooling_and_batch_norm(host_library: Path, text: str) -> None:
     for found in explain.explain(explain.parse(text), DEVICE, host_library):
         assert (found.path, found.reason) == ("nhwc", "nhwc: several channels in one access")
     for found in explain.explain(explain.parse(f"{text} contiguous"), DEVICE, host_library):
@@ -86,6 +92,12 @@ def test_poolings(host_library: Path, operator: str) -> None:
     with forced_path("plain", host_library):
         for found in explain.explain(explain.parse(text), DEVICE, host_library):
             assert found.reason.endswith("; not nhwc: the plain path was forced")
+
+
+def test_copies(host_library: Path) -> None:
+    whole = explain.explain(explain.parse("copy 2x16x12x12"), DEVICE, host_library)
+    assert [found.operation for found in whole] == ["offload", "prefetch"]
+    assert all(found.path == "engine" and found.reason.startswith("engine: ") for found in whole)
 
 
 def test_a_weight_gradient_over_several_launches_is_plain(host_library: Path) -> None:

@@ -470,7 +470,7 @@ Cut cut_of(int32_t out_rows, int32_t out_columns, int32_t border_rows, int32_t b
            int32_t columns) {
   const int32_t groups = tile_groups(kind);
   const int32_t capacity = box_capacity(kind, columns);
-  Cut best;
+  Cut best{};
   int32_t best_box = 0;
   for (int32_t strips = 1; strips <= 8 && strips <= out_columns; ++strips) {
     const int32_t width = static_cast<int32_t>(ceil_divide(out_columns, strips));
@@ -507,7 +507,7 @@ Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, K
   const int32_t border_rows = static_cast<int32_t>((row_taps.taps - 1) * row_taps.offset_step);
   const int32_t border_columns = static_cast<int32_t>((column_taps.taps - 1) * column_taps.offset_step);
   int64_t tiles = 0;
-  Cut cut;
+  Cut cut{};
   int64_t cut_rows = -1;
   int64_t cut_columns = -1;
   for (size_t index = 0; index < problems.size(); ++index) {

@@ -212,7 +212,7 @@ struct Cut {
 
 // The cut into the fewest pixels, the border columns of every box and the rows behind the last counted.
 Cut cut_of(int32_t out_rows, int32_t out_columns, int32_t border_rows, int32_t border_columns) {
-  Cut best;
+  Cut best{};
   int64_t best_pixels = 0;
   for (int32_t strips = 1; strips <= 8 && strips <= out_columns; ++strips) {
     const int32_t width = static_cast<int32_t>(ceil_divide(out_columns, strips));
@@ -238,7 +238,7 @@ Plan plan_of(const ConvWeightGradParams& params) {
   if (!three(params.row_window) || !three(params.column_window)) return plan;
   const int32_t border_rows = static_cast<int32_t>((kTaps - 1) * params.row_window.dilation);
   const int32_t border_columns = static_cast<int32_t>((kTaps - 1) * params.column_window.dilation);
-  Cut cut;
+  Cut cut{};
   int32_t cut_rows = -1;
   int32_t cut_columns = -1;
   for (int32_t i = 0; i < params.grid.rows.patches; ++i) {

@@ -93,20 +93,33 @@ std::string explain(const SplitkernConvQuestion& question) {
 }
 
 template <class Params>
-Params describe(const SplitkernPoolQuestion& question, const Bounds& bounds) {
+Params describe_pool(const SplitkernLayerQuestion& question, const Bounds& bounds) {
   constexpr const char* kOperator = Params::kOperator;
   Params params{};
   params.type = static_cast<kernels::ElementType>(question.type);
   params.batch = to_int32(kOperator, "the batch", question.input_size[0]);
   params.channels = to_int32(kOperator, "the number of channels", question.input_size[1]);
-  params.channels_fastest = question.channels_last != 0;
   const Window window{{question.kernel[0], question.kernel[1]},
                       {question.stride[0], question.stride[1]},
                       {question.padding[0], question.padding[1]},
                       {question.dilation[0], question.dilation[1]}};
+  params.channels_fastest = question.channels_last != 0;
   params.row_window = window_axis(kOperator, window, 0);
   params.column_window = window_axis(kOperator, window, 1);
   params.grid = patch_grids(kOperator, bounds).front();
+  return params;
+}
+
+template <class Params>
+Params describe_norm(const SplitkernLayerQuestion& question, const Bounds& bounds) {
+  constexpr const char* kOperator = Params::kOperator;
+  Params params{};
+  params.type = static_cast<kernels::ElementType>(question.type);
+  params.batch = to_int32(kOperator, "the batch", question.input_size[0]);
+  params.channels = to_int32(kOperator, "the number of channels", question.input_size[1]);
+  params.column_patches = to_int32(kOperator, "the number of patches", bounds.col_patches());
+  params.grid = patch_grids(kOperator, bounds).front();
+  params.input_strides = dense_strides(question.input_size, question.channels_last != 0);
   return params;
 }
 
@@ -118,37 +131,63 @@ std::string as_text(const Params& params) {
   return "plain\n0\nplain: any shape, type and strides; not nhwc: " + refusal;
 }
 
-std::string explain(const SplitkernPoolQuestion& question) {
+std::string explain_norm(const SplitkernLayerQuestion& question, const Bounds& bounds) {
+  if (question.pass == 0) {
+    auto params = describe_norm<kernels::BatchNormStatsParams>(question, bounds);
+    params.patches = bounds.patches();
+    params.segments = 1;
+    return as_text(params);
+  }
+  if (question.pass == 1) {
+    auto params = describe_norm<kernels::BatchNormApplyParams>(question, bounds);
+    params.output_strides = params.input_strides;
+    return as_text(params);
+  }
+  if (question.pass == 2) {
+    auto params = describe_norm<kernels::BatchNormBackwardReduceParams>(question, bounds);
+    params.patches = bounds.patches();
+    params.segments = 1;
+    params.grad_output_strides = params.input_strides;
+    return as_text(params);
+  }
+  auto params = describe_norm<kernels::BatchNormBackwardApplyParams>(question, bounds);
+  params.grad_output_strides = params.input_strides;
+  params.output_strides = params.input_strides;
+  return as_text(params);
+}
+
+std::string explain(const SplitkernLayerQuestion& question) {
   const bool channels_last = question.channels_last != 0;
   const Bounds bounds = bounds_of(question);
+  if (question.operation == 2) return explain_norm(question, bounds);
   const int64_t output_size[4] = {question.input_size[0], question.input_size[1], bounds.out_rows.back(),
                                   bounds.out_cols.back()};
   const kernels::Strides4 input = dense_strides(question.input_size, channels_last);
   const kernels::Strides4 output = dense_strides(output_size, channels_last);
 
-  if (question.average != 0) {
+  if (question.operation == 1) {
     const kernels::AverageDivisor divisor{0, question.input_size[2], question.input_size[3], true};
     if (question.pass == 0) {
-      auto params = describe<kernels::AvgPoolParams>(question, bounds);
+      auto params = describe_pool<kernels::AvgPoolParams>(question, bounds);
       params.divisor = divisor;
       params.input_strides = input;
       params.output_strides = output;
       return as_text(params);
     }
-    auto params = describe<kernels::AvgPoolBackwardParams>(question, bounds);
+    auto params = describe_pool<kernels::AvgPoolBackwardParams>(question, bounds);
     params.divisor = divisor;
     params.grad_output_strides = output;
     params.output_strides = input;
     return as_text(params);
   }
   if (question.pass == 0) {
-    auto params = describe<kernels::MaxPoolParams>(question, bounds);
+    auto params = describe_pool<kernels::MaxPoolParams>(question, bounds);
     params.input_strides = input;
     params.values_strides = output;
     params.offsets_strides = output;
     return as_text(params);
   }
-  auto params = describe<kernels::MaxPoolBackwardParams>(question, bounds);
+  auto params = describe_pool<kernels::MaxPoolBackwardParams>(question, bounds);
   params.grad_output_strides = output;
   params.offsets_strides = output;
   params.output_strides = input;
@@ -179,6 +218,6 @@ extern "C" int splitkern_explain_conv2d(const SplitkernConvQuestion* question, c
   return splitkern::cuda::write_explanation(*question, text, size_bytes);
 }
 
-extern "C" int splitkern_explain_pool2d(const SplitkernPoolQuestion* question, char* text, int64_t size_bytes) {
+extern "C" int splitkern_explain_layer(const SplitkernLayerQuestion* question, char* text, int64_t size_bytes) {
   return splitkern::cuda::write_explanation(*question, text, size_bytes);
 }

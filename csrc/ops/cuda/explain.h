@@ -1,4 +1,5 @@
-// Which kernels a convolution or a pooling would take, from plain numbers: no tensor and no device. `splitkern doctor
+// Which kernels a convolution, a pooling or a batch norm would take, from plain numbers: no tensor and no device.
+// `splitkern doctor
 // --explain` calls it through ctypes; splitkern/cli/explain.py has the twins of the structs.
 #pragma once
 
@@ -30,10 +31,10 @@ struct SplitkernConvQuestion {
   const int64_t* out_columns;
 };
 
-struct SplitkernPoolQuestion {
-  int32_t average;  // 0: maximum
-  int32_t pass;     // 0 forward, 1 backward
-  int32_t type;     // of kernels::ElementType
+struct SplitkernLayerQuestion {
+  int32_t operation;  // 0 max pooling, 1 average pooling, 2 batch norm (the window is then not looked at)
+  int32_t pass;       // 0 forward, 1 backward; of batch norm 0 statistics, 1 apply, 2 backward sums, 3 backward apply
+  int32_t type;       // of kernels::ElementType
   int32_t channels_last;
   int64_t input_size[4];
   int64_t kernel[2];
@@ -53,7 +54,7 @@ struct SplitkernPoolQuestion {
 __attribute__((visibility("default"))) int splitkern_explain_conv2d(const SplitkernConvQuestion* question, char* text,
                                                                     int64_t size_bytes);
 
-__attribute__((visibility("default"))) int splitkern_explain_pool2d(const SplitkernPoolQuestion* question, char* text,
-                                                                    int64_t size_bytes);
+__attribute__((visibility("default"))) int splitkern_explain_layer(const SplitkernLayerQuestion* question, char* text,
+                                                                   int64_t size_bytes);
 
 }  // extern "C"
