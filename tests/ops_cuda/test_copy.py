@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import splitkern as sk
 from splitkern import ops
 from tests.kernel_checks import copies as checks
 from tests.kernel_checks.copies import DTYPES, EXPANDED, LAYOUTS, METHODS, Copies
@@ -44,6 +47,10 @@ def test_every_16_bit_pattern(copies: Copies) -> None:
 
 def test_special_floats(copies: Copies) -> None:
     checks.special_floats(copies)
+
+
+def test_more_chunks_than_warps(copies: Copies) -> None:
+    checks.more_chunks_than_warps(copies, Path(sk.build_info().library))
 
 
 def test_large_copies(copies: Copies) -> None:
@@ -116,7 +123,7 @@ def test_memory_of_which_only_a_part_is_pinned_is_refused() -> None:
     host = torch.zeros(4, 4096, dtype=torch.uint8)
     page = -host.data_ptr() % 4096
     run = host.view(-1)[page : page + 3 * 4096]
-    assert int(cudart.cudaHostRegister(run.data_ptr(), 4096, 0)) == 0
+    torch.cuda.check_error(cudart.cudaHostRegister(run.data_ptr(), 4096, 0))
     try:
         x = torch.ones(3 * 4096, dtype=torch.uint8, device="cuda")
         ops.offload(x[:4096], run[:4096])
@@ -127,7 +134,7 @@ def test_memory_of_which_only_a_part_is_pinned_is_refused() -> None:
         assert bool((run[4096:] == 0).all())
     finally:
         torch.cuda.synchronize()
-        cudart.cudaHostUnregister(run.data_ptr())
+        torch.cuda.check_error(cudart.cudaHostUnregister(run.data_ptr()))
 
 
 # --- Streams --------------------------------------------------------------------------------------
