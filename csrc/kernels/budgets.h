@@ -49,6 +49,7 @@ inline constexpr KernelBudget kBudgets[] = {
     {"sm80::gather_kernel", "all", 255, 49152, "HMMA LDGSTS LDSM"},
     {"sm80::repack_kernel", "all", 255, 8192, ""},
     {"sm80::weight_grad_kernel", "all", 255, 57344, "HMMA LDGSTS"},
+    {"sm80::weight_grad_reduce_kernel", "all", 48, 4096, ""},
 
     {"sm90::conv_gemm_kernel", "sm_90a", 168, 232448, "HGMMA UTMALDG UTMASTG"},
     {"sm90::conv_weight_grad_kernel", "sm_90a", 168, 232448, "HGMMA UTMALDG"},

@@ -14,33 +14,13 @@ import torch
 from splitkern import _library
 from splitkern._library import forced_path
 from tests.kernel_checks import comparisons, first_principles
-from tests.kernel_checks.cases import GENERATED, NAMED, Case, even, square
+from tests.kernel_checks.cases import Case, even
 from tests.kernel_checks.comparisons import LAYOUTS, Operators
 from tests.kernel_checks.first_principles import Geometry
+from tests.kernel_checks.special import FIRST_LAYER
+from tests.kernel_checks.special import FIRST_LAYER_BY_NAME as BY_NAME
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-# Several tiles a patch, tiles that end inside a patch, blocks that take several tiles.
-TILED = [
-    Case("3x3, tiled", square(3, 1, 1, 1, (0, 7, 40), (0, 21, 43), (0, 6, 40), (0, 22, 43)), 2, 3, 64),
-    Case("7x7 stride 2, tiled", square(7, 2, 3, 1, (0, 33, 66), (0, 40, 72), (0, 17, 33), (0, 20, 36)), 2, 3, 64),
-    Case("3x3, one wide row", square(3, 1, 1, 1, (0, 1), (0, 300), (0, 1), (0, 300)), 1, 3, 8),
-    Case("3x3, one high column", square(3, 1, 1, 1, (0, 300), (0, 1), (0, 300), (0, 1)), 1, 4, 8),
-    Case("channel tail", square(3, 1, 1, 1, (0, 9), (0, 7, 19), (0, 9), (0, 7, 19)), 2, 3, 72),
-    Case("two blocks of channels", square(5, 1, 2, 1, (0, 9), (0, 7, 19), (0, 9), (0, 7, 19)), 1, 2, 128),
-    Case("11x11 stride 4", square(11, 4, 2, 1, (0, 35), (0, 39), (0, 8), (0, 9)), 1, 3, 16),
-    Case("5x5 dilation 3", square(5, 1, 6, 3, (0, 9, 21), (0, 20), (0, 10, 21), (0, 20)), 1, 3, 16),
-    Case("2x7", Geometry((2, 7), (1, 2), (0, 3), (2, 1), (0, 9, 21), (0, 20), (0, 10, 19), (0, 10)), 1, 1, 16),
-]
-CASES = [
-    *TILED,
-    *(
-        replace(case, in_channels=1 + i % 4, out_channels=8 * (1 + i % 3), groups=1)
-        for i, case in enumerate([*NAMED, *GENERATED[:24]])
-        if case.name not in ("150 row patches", "70x66 patches")
-    ),
-]
-BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +38,7 @@ def small_device(host_library: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, DTYPES[i % 3]) for i, case in enumerate(CASES)],
+    [(case, DTYPES[i % 3]) for i, case in enumerate(FIRST_LAYER)],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_conv2d(operators: Operators, case: Case, dtype: torch.dtype) -> None:

@@ -298,8 +298,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, kVectorS
 
 std::string describe(const ConvForwardParams& params, const DeviceTraits& traits, ForwardCall& call) {
   static_cast<ConvForwardParams&>(call) = params;
-  std::string refused =
-      cut_tiles(params.row_window, params.column_window, params.grid, params.batch, kTilePixels, call.tiles);
+  std::string refused = cut_tiles(params.row_window, params.column_window, params.grid, params.input_strides,
+                                  params.batch, kTilePixels, call.tiles);
   if (!refused.empty()) return refused;
   const bool wide = params.type == ElementType::kFloat32;
   call.tap_groups = static_cast<int32_t>((params.row_window.kernel * params.column_window.kernel + 3) / 4);

@@ -34,6 +34,8 @@ struct Tiles {
   int32_t pitch_reciprocal;  // of 65536, rounded up: exact for the threads of a block
   int32_t step_rows;         // from a thread's staged pixel to its next, kThreads further
   int32_t step_columns;
+  int64_t step;       // the same in elements of the input
+  int64_t next_row;   // in elements, from the end of a staged row to the begin of the next
   int32_t row_tiles;  // over all patches
   int32_t column_tiles;
   int32_t count;                                   // over all images
@@ -67,7 +69,7 @@ inline int64_t count_tiles(const AxisPatches& axis, int32_t extent, int32_t* fir
 // The tile of at most tile_pixels outputs with the fewest tiles in the launch, then the fewest inputs. Returns empty,
 // or why there is none.
 inline std::string cut_tiles(const WindowAxis& row_window, const WindowAxis& column_window, const PatchGrid& grid,
-                             int32_t batch, int32_t tile_pixels, Tiles& tiles) {
+                             const Strides4& input_strides, int32_t batch, int32_t tile_pixels, Tiles& tiles) {
   const int32_t widest = widest_patch(grid.columns);
   const int32_t highest = widest_patch(grid.rows);
   int64_t best_tiles = 0;
@@ -102,6 +104,8 @@ inline std::string cut_tiles(const WindowAxis& row_window, const WindowAxis& col
   tiles.pitch_reciprocal = (65536 + tiles.pitch - 1) / tiles.pitch;
   tiles.step_rows = kThreads / tiles.pitch;
   tiles.step_columns = kThreads % tiles.pitch;
+  tiles.step = tiles.step_rows * input_strides.row + tiles.step_columns * input_strides.column;
+  tiles.next_row = input_strides.row - tiles.pitch * input_strides.column;
   tiles.row_tiles = static_cast<int32_t>(count_tiles(grid.rows, tiles.rows, tiles.first_row_tile));
   tiles.column_tiles = static_cast<int32_t>(count_tiles(grid.columns, tiles.columns, tiles.first_column_tile));
   tiles.count = static_cast<int32_t>(best_tiles * batch);
@@ -265,11 +269,11 @@ SPLITKERN_DEVICE void begin(PixelStream<T, kSlots>& stream, const void* input, c
 template <class T, int kSlots>
 SPLITKERN_DEVICE void fetch(PixelStream<T, kSlots>& stream, const void* input, const Strides4& strides,
                             int32_t channels, const Tiles& tiles, const Tile& tile) {
+  const int32_t pixels = tiles.in_rows * tiles.pitch;
   using Element = typename PixelStream<T, kSlots>::Element;
-  const int64_t step = tiles.step_rows * strides.row + tiles.step_columns * strides.column;
-  const int64_t next_row = strides.row - tiles.pitch * strides.column;
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
+    if (i > 0 && i * kThreads >= pixels) continue;  // of all threads alike
     stream.inside[i] = stream.row >= tile.rows.inside_first && stream.row < tile.rows.inside_last &&
                        stream.column >= tile.columns.inside_first && stream.column < tile.columns.inside_last;
     const T* const from = stream.inside[i] ? stream.from : static_cast<const T*>(input);
@@ -283,7 +287,7 @@ SPLITKERN_DEVICE void fetch(PixelStream<T, kSlots>& stream, const void* input, c
     const bool wraps = stream.column >= tiles.pitch;
     stream.row += wraps ? 1 : 0;
     stream.column -= wraps ? tiles.pitch : 0;
-    stream.from += step + (wraps ? next_row : 0);
+    stream.from += tiles.step + (wraps ? tiles.next_row : 0);
   }
 }
 
@@ -292,6 +296,7 @@ template <class T, int kSlots, class Store>
 SPLITKERN_DEVICE void deliver(PixelStream<T, kSlots>& stream, int32_t channels, int32_t pixels, Store&& store) {
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
+    if (i > 0 && i * kThreads >= pixels) continue;
     Pixel<T> pixel = zero_pixel<T>();
 #pragma unroll
     for (int channel = 0; channel < kMaxInChannels; ++channel) {

@@ -28,6 +28,11 @@ struct WeightGradCall : ConvWeightGradParams {
   int32_t products_per_warp;  // at most kProducts
   int32_t channel_blocks;
   int32_t tile_pixels;
+  int32_t columns_reciprocal;  // of 65536, rounded up, as Tiles::pitch_reciprocal
+  int32_t grad_step_rows;      // from an output of a tile to the one kGradStep further
+  int32_t grad_step_columns;
+  int64_t grad_step;      // the same in elements of grad_output
+  int64_t grad_next_row;  // in elements, from the end of a row of the tile to the begin of the next
   int32_t stages;
   int32_t copy_bytes;  // from one copy of the pixels to the other
   int32_t blocks;      // along grid.x: shares of the sum
@@ -82,34 +87,35 @@ int64_t shared_bytes(const WeightGradCall& call) {
   return static_cast<int64_t>(sizeof(Storage)) + std::max(pipeline, exchange);
 }
 
+// Outputs between a thread's copies into one stage: all its chunks then lie alike.
+template <class T>
+inline constexpr int kGradStep = kThreads / kChunks<T>;
+static_assert(kGradStep<Half> % 8 == 0 && kGradStep<float> % 4 == 0);
+
 template <class T>
 SPLITKERN_DEVICE void fetch_grads(const WeightGradCall& params, unsigned char* stage, const Tile& tile,
                                   int32_t first_channel) {
   const int32_t chunk = static_cast<int32_t>(thread_index()) % kChunks<T>;
-  constexpr int32_t kStep = kThreads / kChunks<T>;
-  const int32_t channel = chunk * (16 / static_cast<int32_t>(sizeof(T)));
-  const bool channel_inside = first_channel + channel < params.out_channels;
-  const int32_t columns = params.tiles.columns;
-  const int32_t step_rows = kStep / columns;
-  const int32_t step_columns = kStep - step_rows * columns;
-  int32_t pixel = static_cast<int32_t>(thread_index()) / kChunks<T>;
-  int32_t row = pixel / columns;
-  int32_t column = pixel - row * columns;
+  const int32_t pixel = static_cast<int32_t>(thread_index()) / kChunks<T>;
+  const int32_t channel = first_channel + chunk * (16 / static_cast<int32_t>(sizeof(T)));
+  const Strides4& strides = params.grad_output_strides;
+  int32_t row = (pixel * params.columns_reciprocal) >> 16;
+  int32_t column = pixel - row * params.tiles.columns;
   const T* const base = static_cast<const T*>(params.grad_output);
-  const T* const origin = base + tile.image * params.grad_output_strides.batch +
-                          tile.rows.out_begin * params.grad_output_strides.row +
-                          tile.columns.out_begin * params.grad_output_strides.column + first_channel + channel;
-  for (; pixel < params.tile_pixels; pixel += kStep) {
-    const bool inside = channel_inside && row < tile.rows.out_count && column < tile.columns.out_count;
-    const T* from =
-        inside ? origin + row * params.grad_output_strides.row + column * params.grad_output_strides.column : base;
-    copy_async<16>(stage + chunk_offset<T>(pixel, chunk), from, inside);
-    row += step_rows;
-    column += step_columns;
-    if (column >= columns) {
-      column -= columns;
-      ++row;
-    }
+  const T* from = base + tile.image * strides.batch + (tile.rows.out_begin + row) * strides.row +
+                  (tile.columns.out_begin + column) * strides.column + channel;
+  unsigned char* const to = stage + chunk_offset<T>(pixel, chunk);
+#pragma unroll
+  for (int i = 0; i < kTilePixels / (kGradStep<T> * static_cast<int>(sizeof(T)) / 2); ++i) {
+    if (i * kGradStep<T> >= params.tile_pixels) continue;
+    const bool inside = channel < params.out_channels && row < tile.rows.out_count && column < tile.columns.out_count;
+    copy_async<16>(to + i * (kGradStep<T> * kChunks<T> * 16), inside ? from : base, inside);
+    row += params.grad_step_rows;
+    column += params.grad_step_columns;
+    const bool wraps = column >= params.tiles.columns;
+    row += wraps ? 1 : 0;
+    column -= wraps ? params.tiles.columns : 0;
+    from += params.grad_step + (wraps ? params.grad_next_row : 0);
   }
 }
 
@@ -381,9 +387,15 @@ std::string describe_typed(const DeviceTraits& traits, WeightGradCall& call) {
   for (const Shape shape : {Shape{kTilePixels, 3}, Shape{kTilePixels, 2}, Shape{kTilePixels / 2, 2}}) {
     call.tile_pixels = shape.tile_pixels / (static_cast<int32_t>(sizeof(T)) / 2);
     call.stages = shape.stages;
-    std::string refused =
-        cut_tiles(call.row_window, call.column_window, call.grid, call.batch, call.tile_pixels, call.tiles);
+    std::string refused = cut_tiles(call.row_window, call.column_window, call.grid, call.input_strides, call.batch,
+                                    call.tile_pixels, call.tiles);
     if (!refused.empty()) return refused;
+    call.columns_reciprocal = (65536 + call.tiles.columns - 1) / call.tiles.columns;
+    call.grad_step_rows = kGradStep<T> / call.tiles.columns;
+    call.grad_step_columns = kGradStep<T> % call.tiles.columns;
+    const Strides4& strides = call.grad_output_strides;
+    call.grad_step = call.grad_step_rows * strides.row + call.grad_step_columns * strides.column;
+    call.grad_next_row = strides.row - call.tiles.columns * strides.column;
     call.copy_bytes = pixel_copy_bytes<T>(call.tiles);
     bytes = shared_bytes<T>(call);
     if (bytes <= std::min(traits.shared_memory_bytes, shared_budget("first_layer::first_layer_weight_grad_kernel"))) {

@@ -18,7 +18,7 @@ void launch_tile(const GatherParams& params, int64_t pixels, cudaStream_t stream
   const Dim3 grid{static_cast<unsigned>(blocks),
                   static_cast<unsigned>(params.rows.class_count * params.columns.class_count),
                   static_cast<unsigned>(params.groups)};
-  static_assert(sizeof(GatherShared<Tile>) <= kGatherSharedBytes);
+  static_assert(sizeof(GatherShared<Tile>) <= shared_budget("sm80::gather_kernel"));
   kernels::launch(&gather_kernel<Tile>, grid, Dim3{kThreads, 1u, 1u}, sizeof(GatherShared<Tile>), stream, params);
 }
 

@@ -8,8 +8,8 @@
 
 namespace splitkern::kernels::sm80 {
 
-inline constexpr int32_t kMaxClasses = 8;                 // per axis and launch
-inline constexpr int32_t kMaxTaps = 16;                   // per axis: each a bit of half a word
+inline constexpr int32_t kMaxClasses = 8;  // per axis and launch
+inline constexpr int32_t kMaxTaps = 16;    // per axis: each a bit of half a word
 inline constexpr int64_t kGatherSharedBytes = shared_budget("sm80::gather_kernel");
 
 // Destinations of one axis that share their taps. The forward has one class. For the input gradient the class of an

@@ -38,6 +38,8 @@ struct RepackShared {
 };
 static_assert(sizeof(RepackShared<uint32_t>) <= shared_budget("sm80::repack_kernel"));
 
+static_assert(sizeof(RepackShared<uint32_t>) <= shared_budget("sm80::repack_kernel"));
+
 // One block takes a tile of rows and columns of one tap: reads along the shorter stride, writes along columns.
 template <class Bits>
 __global__ void repack_kernel(const __grid_constant__ RepackParams params) {

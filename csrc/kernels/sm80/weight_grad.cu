@@ -21,6 +21,65 @@ constexpr double kMultiplicationsPerPartial = 512;
 // Of pixels, per block: filling the stages and writing the sums.
 constexpr int64_t kBlockOverheadPixels = 256;
 
+// --- Stage two --------------------------------------------------------------------------------------
+
+constexpr int32_t kReduceWarps = 8;
+constexpr int32_t kReduceElements = 4 * static_cast<int32_t>(kWarpThreads);  // of a block: a vector per lane
+
+struct ReduceShared {
+  float sums[kReduceWarps][kReduceElements];
+};
+static_assert(sizeof(ReduceShared) <= shared_budget("sm80::weight_grad_reduce_kernel"));
+
+// Each warp adds every eighth share of a block's elements, in ascending order; then the warps' sums are added in
+// ascending order. Rows of shares are whole vectors, for in_channels_per_group fills vectors.
+template <class T>
+__global__ void weight_grad_reduce_kernel(const __grid_constant__ ConvWeightGradReduceParams params) {
+  ReduceShared& shared = dynamic_shared<ReduceShared>();
+  const int64_t elements = static_cast<int64_t>(params.out_channels) * params.in_channels_per_group *
+                           params.kernel_rows * params.kernel_columns;
+  const int64_t first = static_cast<int64_t>(block_index().x) * kReduceElements;
+  const int32_t warp = static_cast<int32_t>(warp_index());
+  const int32_t thread = static_cast<int32_t>(thread_index());
+  const int32_t lane = static_cast<int32_t>(lane_index());
+  float sums[4] = {0, 0, 0, 0};
+  if (first + lane * 4 < elements) {
+    const float* partial = static_cast<const float*>(params.partial_sums) + first + lane * 4 + warp * elements;
+#pragma unroll 4
+    for (int32_t segment = warp; segment < params.segments; segment += kReduceWarps) {
+      const Vector16 values = load_global<Vector16>(partial);
+#pragma unroll
+      for (int32_t k = 0; k < 4; ++k) sums[k] += bits_float(values.words[k]);
+      partial += kReduceWarps * elements;
+    }
+  }
+#pragma unroll
+  for (int32_t k = 0; k < 4; ++k) shared.sums[warp][lane * 4 + k] = sums[k];
+  block_barrier();
+  int64_t rest = first + thread;
+  if (thread >= kReduceElements || rest >= elements) return;
+  float sum = 0;
+#pragma unroll
+  for (int32_t i = 0; i < kReduceWarps; ++i) sum += shared.sums[i][thread];
+  const int32_t in_channel = take_remainder(rest, params.in_channels_per_group);
+  const int32_t tap_x = take_remainder(rest, params.kernel_columns);
+  const int32_t tap_y = take_remainder(rest, params.kernel_rows);
+  T* output = static_cast<T*>(params.output) + rest * params.output_strides.batch +
+              in_channel * params.output_strides.channel + tap_y * params.output_strides.row +
+              tap_x * params.output_strides.column;
+  if (params.accumulate) sum += to_accumulator(*output);
+  *output = from_accumulator<T>(sum);
+}
+
+template <class T>
+void launch_reduce(const ConvWeightGradReduceParams& params, int64_t elements, cudaStream_t stream) {
+  const Dim3 grid{static_cast<unsigned>(ceil_divide(elements, kReduceElements)), 1u, 1u};
+  const Dim3 block{kReduceWarps * kWarpThreads, 1u, 1u};
+  kernels::launch(&weight_grad_reduce_kernel<T>, grid, block, sizeof(ReduceShared), stream, params);
+}
+
+// --- Stage one --------------------------------------------------------------------------------------
+
 struct WeightGradSchedule {
   TileSize tile;
   int32_t segments;
@@ -67,13 +126,13 @@ void launch_tile(const ConvWeightGradParams& params, cudaStream_t stream) {
   const int64_t tiles = ceil_divide(params.out_channels_per_group, Tile::kRows) * ceil_divide(columns, Tile::kColumns);
   const Dim3 grid{static_cast<unsigned>(tiles), static_cast<unsigned>(params.segments),
                   static_cast<unsigned>(params.out_channels / params.out_channels_per_group)};
-  static_assert(sizeof(WeightGradShared<Tile>) <= kSharedBytes);
+  static_assert(sizeof(WeightGradShared<Tile>) <= shared_budget("sm80::weight_grad_kernel"));
   kernels::launch(&weight_grad_kernel<Tile>, grid, Dim3{kThreads, 1u, 1u}, sizeof(WeightGradShared<Tile>), stream,
                   params);
 }
 
 template <class T>
-void launch_type(const ConvWeightGradParams& params, TileSize tile, cudaStream_t stream) {
+void launch_stage_one(const ConvWeightGradParams& params, TileSize tile, cudaStream_t stream) {
   switch (tile) {
     case TileSize::k128x128:
       return launch_tile<Tile<T, 128, 128>>(params, stream);
@@ -84,6 +143,13 @@ void launch_type(const ConvWeightGradParams& params, TileSize tile, cudaStream_t
     case TileSize::k64x64:
       return launch_tile<Tile<T, 64, 64>>(params, stream);
   }
+}
+
+template <class T>
+void launch_stages(const ConvWeightGradParams& params, TileSize tile, const ConvWeightGradReduceParams& reduce,
+                   cudaStream_t stream) {
+  launch_stage_one<T>(params, tile, stream);
+  launch_reduce<T>(reduce, weight_elements(params), stream);
 }
 
 std::string refuse_sizes(const ConvWeightGradParams& params) {
@@ -122,17 +188,6 @@ void launch(const ConvWeightGradParams& call, const DeviceTraits& device, void* 
   params.first_segment = 0;
   params.segments = chosen.segments;
   params.partial_sums = workspace;
-  switch (params.type) {
-    case ElementType::kFloat16:
-      launch_type<Half>(params, chosen.tile, stream);
-      break;
-    case ElementType::kBFloat16:
-      launch_type<BFloat16>(params, chosen.tile, stream);
-      break;
-    default:
-      launch_type<float>(params, chosen.tile, stream);
-      break;
-  }
   ConvWeightGradReduceParams reduce{};
   reduce.type = params.type;
   reduce.out_channels = params.out_channels;
@@ -144,7 +199,14 @@ void launch(const ConvWeightGradParams& call, const DeviceTraits& device, void* 
   reduce.output_strides = params.output_strides;
   reduce.partial_sums = workspace;
   reduce.output = params.output;
-  launch_conv_weight_grad_reduce(reduce, stream);
+  switch (params.type) {
+    case ElementType::kFloat16:
+      return launch_stages<Half>(params, chosen.tile, reduce, stream);
+    case ElementType::kBFloat16:
+      return launch_stages<BFloat16>(params, chosen.tile, reduce, stream);
+    default:
+      return launch_stages<float>(params, chosen.tile, reduce, stream);
+  }
 }
 
 }  // namespace splitkern::kernels::sm80

@@ -1,6 +1,6 @@
 // Weight gradient of the sm_80 path, stage one: output channels x (taps x input channels) of one group, summed over
-// a fixed share of all output pixels of the call. Launched by weight_grad.cu; the shares are added by the plain
-// path's second stage. Takes ConvWeightGradParams with `segments` shares and fp32 `partial_sums`.
+// a fixed share of all output pixels of the call. Launched by weight_grad.cu; weight_grad.cu adds the
+// shares. Takes ConvWeightGradParams with `segments` shares and fp32 `partial_sums`.
 #pragma once
 
 #include "../plain/geometry.h"
