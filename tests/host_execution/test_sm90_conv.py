@@ -12,7 +12,7 @@ from splitkern._library import forced_path
 from tests.kernel_checks import comparisons
 from tests.kernel_checks.cases import Case
 from tests.kernel_checks.comparisons import Operators
-from tests.kernel_checks.sm90 import GEMM_TILES, SMALL, WEIGHT_GRAD_TILES, tuned
+from tests.kernel_checks.sm90 import GEMM_TILES, SMALL, WEIGHT_GRAD_TILES, WINDOW, tuned
 
 BY_NAME = {case.name: case for case in SMALL}
 
@@ -44,3 +44,17 @@ def test_every_tile_of_forward_and_input_gradient(operators: Operators, host_lib
 def test_every_tile_of_the_weight_gradient(operators: Operators, host_library: Path, tile: int) -> None:
     with tuned(host_library, weight_grad_tile=tile, weight_grad_segments=3):
         comparisons.conv2d(operators, BY_NAME["channel tails"], torch.float16, "channels_last")
+
+
+@pytest.mark.parametrize("case", WINDOW, ids=str)
+def test_window_kernels(operators: Operators, host_library: Path, case: Case) -> None:
+    index = WINDOW.index(case)
+    layout = "aligned channels_last view" if index % 2 else "channels_last"
+    with tuned(host_library, window=1):
+        comparisons.conv2d(operators, case, torch.float16 if index % 4 < 2 else torch.bfloat16, layout)
+
+
+@pytest.mark.parametrize("case", [WINDOW[0], WINDOW[2], WINDOW[3]], ids=str)
+def test_window_kernels_with_bias_and_relu(operators: Operators, host_library: Path, case: Case) -> None:
+    with tuned(host_library, window=1):
+        comparisons.conv2d(operators, case, torch.bfloat16, "channels_last", activation="relu")

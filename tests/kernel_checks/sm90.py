@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.kernel_checks.cases import Case, even, square
 from tests.kernel_checks.first_principles import Geometry
 
-GEMM_TILES = range(7)
+GEMM_TILES = range(8)
 WEIGHT_GRAD_TILES = range(7)
 
 _3X3 = square(3, 1, 1, 1, (0, 4, 9), (0, 5, 7), (0, 4, 9), (0, 5, 7))
@@ -39,6 +39,20 @@ SMALL = [
         *(2, 8, 8),
     ),
     Case("5x3 patches", square(3, 1, 1, 1, even(17, 5), even(11, 3), even(17, 5), even(11, 3)), 1, 8, 8),
+]
+
+# For the kernels that keep a window's pixels in shared memory: wide ones (over 64 output channels), narrow ones, and
+# those with resident weights (64 channels at most on both sides), which want rows of 22 pixels at least.
+WINDOW = [
+    Case("resident, uneven", square(3, 1, 1, 1, (0, 3, 7), (0, 24, 50), (0, 3, 7), (0, 24, 50)), 2, 24, 40),
+    Case("resident, strips", square(3, 1, 1, 1, (0, 3), (0, 250), (0, 3), (0, 250)), 1, 8, 8),
+    Case("narrow, two channel blocks", square(3, 1, 1, 1, (0, 5), (0, 24, 47), (0, 5), (0, 24, 47)), 1, 72, 16),
+    Case("wide, channel tails", square(3, 1, 1, 1, (0, 4, 9), (0, 5, 7), (0, 4, 9), (0, 5, 7)), 3, 72, 136),
+    Case("wide, full rows", square(3, 1, 1, 1, (0, 9, 17), (0, 27), (0, 9, 17), (0, 27)), 2, 8, 72),
+    Case("dilation 2", square(3, 1, 2, 2, (0, 4, 9), (0, 26, 50), (0, 4, 9), (0, 26, 50)), 1, 8, 72),
+    Case("5x5", square(5, 1, 2, 1, (0, 4, 9), (0, 24, 50), (0, 4, 9), (0, 24, 50)), 1, 16, 24),
+    Case("negative padding crops", square(3, 1, -2, 1, (0, 6, 12), (0, 25, 51), (0, 3, 6), (0, 23, 45)), 2, 8, 8),
+    Case("bounds outside the intervals", square(3, 1, 1, 1, (0, 1, 9), (0, 8, 30), (0, 7, 9), (0, 2, 30)), 2, 8, 72),
 ]
 
 _28 = (0, 14, 28)

@@ -116,7 +116,7 @@ def test_memory_of_which_only_a_part_is_pinned_is_refused() -> None:
     host = torch.zeros(4, 4096, dtype=torch.uint8)
     page = -host.data_ptr() % 4096
     run = host.view(-1)[page : page + 3 * 4096]
-    assert int(cudart.cudaHostRegister(run.data_ptr(), 4096, 0)) == 0
+    torch.cuda.check_error(cudart.cudaHostRegister(run.data_ptr(), 4096, 0))
     try:
         x = torch.ones(3 * 4096, dtype=torch.uint8, device="cuda")
         ops.offload(x[:4096], run[:4096])
@@ -127,7 +127,7 @@ def test_memory_of_which_only_a_part_is_pinned_is_refused() -> None:
         assert bool((run[4096:] == 0).all())
     finally:
         torch.cuda.synchronize()
-        cudart.cudaHostUnregister(run.data_ptr())
+        torch.cuda.check_error(cudart.cudaHostUnregister(run.data_ptr()))
 
 
 # --- Streams --------------------------------------------------------------------------------------

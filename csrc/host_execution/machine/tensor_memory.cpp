@@ -72,7 +72,8 @@ TensorMap encode(const Im2colMap& map, const char* operation) {
   text += list(map.lower_column, map.lower_row) + ", upper corner " + list(map.upper_column, map.upper_row);
   text += ", steps " + list(map.column_step, map.row_step) + ", box of ";
   text += std::to_string(map.box_channels) + " channels and " + std::to_string(map.box_pixels) + " pixels, swizzle ";
-  text += std::to_string(static_cast<int32_t>(map.swizzle));
+  text += std::to_string(static_cast<int32_t>(map.swizzle)) + ", " + std::to_string(map.patches) + " patches ";
+  text += std::to_string(map.patch_stride_bytes) + " bytes apart";
   const Checks checks(text);
   checks.require(map.box_channels >= 1 && map.box_channels <= 256, "the box must have 1 to 256 channels");
   checks.require(map.box_pixels >= 1 && map.box_pixels <= 1024, "the box must have 1 to 1024 pixels");
@@ -83,6 +84,11 @@ TensorMap encode(const Im2colMap& map, const char* operation) {
   for (const int32_t extent : {map.channels, map.columns, map.rows, map.images}) checks.extent(extent);
   for (const int32_t corner : {map.lower_column, map.lower_row, map.upper_column, map.upper_row}) {
     checks.require(corner >= -128 && corner <= 127, "corners must lie in [-128, 127]");
+    checks.require(map.patches == 0 || (corner >= -16 && corner <= 15), "with patches corners must lie in [-16, 15]");
+  }
+  if (map.patches != 0) {
+    checks.extent(map.patches);
+    checks.stride(map.patch_stride_bytes);
   }
   for (const int32_t step : {map.column_step, map.row_step}) {
     checks.require(step >= 1 && step <= 8, "steps must be 1 to 8");
@@ -149,12 +155,15 @@ void walk(const Im2colMap& map, const int32_t* at, uint16_t column_offset, uint1
   int64_t column = at[1];
   int64_t row = at[2];
   int64_t image = at[3];
+  const int32_t patches = map.patches == 0 ? 1 : map.patches;
+  int64_t patch = map.patches == 0 ? 0 : at[4];
   for (int32_t pixel = 0; pixel < map.box_pixels; ++pixel) {
     const int64_t x = column + column_offset;
     const int64_t y = row + row_offset;
     const bool inside = x >= 0 && x < map.columns && y >= 0 && y < map.rows && image >= 0 && image < map.images;
     visit(BoxRow{pixel,
-                 inside ? base + image * map.image_stride_bytes + y * map.row_stride_bytes + x * map.column_stride_bytes
+                 inside ? base + image * map.image_stride_bytes + patch * map.patch_stride_bytes +
+                              y * map.row_stride_bytes + x * map.column_stride_bytes
                         : nullptr,
                  at[0], map.channels, map.box_channels});
     column += map.column_step;
@@ -163,6 +172,8 @@ void walk(const Im2colMap& map, const int32_t* at, uint16_t column_offset, uint1
     row += map.row_step;
     if (row <= last_row) continue;
     row = map.lower_row;
+    if (++patch < patches) continue;
+    patch = 0;
     ++image;
   }
 }
@@ -233,9 +244,16 @@ void check_box(const TensorMap& map, const void* shared, const char* what) {
   check_alignment(shared, box.swizzle == kernels::Swizzle::k128Bytes ? 1024 : 128, what);
 }
 
-void check_im2col(const TensorMap& map, const int32_t (&at)[4], const char* what) {
+void check_im2col(const TensorMap& map, const int32_t* at, int32_t rank, const char* what) {
   if (map.kind != TensorMap::Kind::kIm2col) fail(std::string(what) + ": the map is not an im2col map");
   const Im2colMap& walk = map.im2col;
+  if ((walk.patches != 0) != (rank == 5)) {
+    fail(std::string(what) + ": the map has " + std::to_string(walk.patches) + " patches, the access rank " +
+         std::to_string(rank));
+  }
+  if (rank == 5 && (at[4] < 0 || at[4] >= walk.patches)) {
+    fail(std::string(what) + ": there is no patch " + std::to_string(at[4]));
+  }
   const auto on_the_walk = [](int32_t position, int32_t lower, int32_t last, int32_t step) {
     return position >= lower && position <= last && (position - lower) % step == 0;
   };
@@ -373,16 +391,19 @@ void TensorStore::write() {
   race::release(&race_address);
 }
 
-void load_im2col(void* shared, const TensorMap& map, kernels::Barrier& barrier, const int32_t (&at)[4],
+void load_im2col(void* shared, const TensorMap& map, kernels::Barrier& barrier, const int32_t* at, int32_t rank,
                  uint16_t column_offset, uint16_t row_offset) {
   const race::Quiet quiet;
-  check_im2col(map, at, "tma_load_im2col");
+  check_im2col(map, at, rank, "tma_load_im2col");
   check_box(map, shared, "tma_load_im2col");
-  if (column_offset > 255 || row_offset > 255) fail("tma_load_im2col: offsets must be below 256");
+  const uint16_t limit = rank == 5 ? 31 : 255;
+  if (column_offset > limit || row_offset > limit) {
+    fail("tma_load_im2col: offsets must be at most " + std::to_string(limit));
+  }
   auto load = std::make_unique<Load>();
   load->column_offset = column_offset;
   load->row_offset = row_offset;
-  issue(std::move(load), shared, map, barrier, at, 4, kThisBlock);
+  issue(std::move(load), shared, map, barrier, at, rank, kThisBlock);
 }
 
 void load_tiled(void* shared, const TensorMap& map, kernels::Barrier& barrier, const int32_t* at, int32_t rank,
@@ -393,11 +414,11 @@ void load_tiled(void* shared, const TensorMap& map, kernels::Barrier& barrier, c
   issue(std::make_unique<Load>(), shared, map, barrier, at, rank, blocks);
 }
 
-void store_im2col(const TensorMap& map, const void* shared, const int32_t (&at)[4]) {
+void store_im2col(const TensorMap& map, const void* shared, const int32_t* at, int32_t rank) {
   const race::Quiet quiet;
-  check_im2col(map, at, "tma_store_im2col");
+  check_im2col(map, at, rank, "tma_store_im2col");
   check_box(map, shared, "tma_store_im2col");
-  issue(map, shared, at, 4);
+  issue(map, shared, at, rank);
 }
 
 void store_tiled(const TensorMap& map, const void* shared, const int32_t* at, int32_t rank) {

@@ -18,7 +18,7 @@ struct TensorMap {
     Im2colMap im2col;
     TiledMap tiled;
   };
-  unsigned char unused[24];
+  unsigned char unused[16];
 };
 static_assert(sizeof(TensorMap) == 128);
 
@@ -37,11 +37,12 @@ void barrier_arrive_cluster(kernels::Barrier& barrier, uint32_t rank);
 void barrier_wait(kernels::Barrier& barrier, uint32_t parity);
 
 inline constexpr uint16_t kThisBlock = 0;  // instead of a mask of the blocks of the cluster
-void load_im2col(void* shared, const kernels::TensorMap& map, kernels::Barrier& barrier, const int32_t (&at)[4],
-                 uint16_t column_offset, uint16_t row_offset);
+// at: channel, column, row, image and, for a map with patches, the patch.
+void load_im2col(void* shared, const kernels::TensorMap& map, kernels::Barrier& barrier, const int32_t* at,
+                 int32_t rank, uint16_t column_offset, uint16_t row_offset);
 void load_tiled(void* shared, const kernels::TensorMap& map, kernels::Barrier& barrier, const int32_t* at, int32_t rank,
                 uint16_t blocks);
-void store_im2col(const kernels::TensorMap& map, const void* shared, const int32_t (&at)[4]);
+void store_im2col(const kernels::TensorMap& map, const void* shared, const int32_t* at, int32_t rank);
 void store_tiled(const kernels::TensorMap& map, const void* shared, const int32_t* at, int32_t rank);
 void store_commit();
 void store_wait(uint32_t pending, bool written);
@@ -111,7 +112,14 @@ inline void wait_for_previous_kernel() {}
 inline void prefetch_map(const TensorMap&) {}
 inline void tma_load_im2col(void* shared, const TensorMap& map, Barrier& barrier, int32_t channel, int32_t column,
                             int32_t row, int32_t image, uint16_t column_offset, uint16_t row_offset) {
-  host::load_im2col(shared, map, barrier, {channel, column, row, image}, column_offset, row_offset);
+  const int32_t at[] = {channel, column, row, image};
+  host::load_im2col(shared, map, barrier, at, 4, column_offset, row_offset);
+}
+inline void tma_load_im2col_patches(void* shared, const TensorMap& map, Barrier& barrier, int32_t channel,
+                                    int32_t column, int32_t row, int32_t patch, int32_t image, uint16_t column_offset,
+                                    uint16_t row_offset) {
+  const int32_t at[] = {channel, column, row, image, patch};
+  host::load_im2col(shared, map, barrier, at, 5, column_offset, row_offset);
 }
 inline void tma_load_3d(void* shared, const TensorMap& map, Barrier& barrier, int32_t x, int32_t y, int32_t z) {
   const int32_t at[] = {x, y, z};
@@ -129,7 +137,13 @@ inline void tma_load_3d_multicast(void* shared, const TensorMap& map, Barrier& b
 }
 inline void tma_store_im2col(const TensorMap& map, const void* shared, int32_t channel, int32_t column, int32_t row,
                              int32_t image) {
-  host::store_im2col(map, shared, {channel, column, row, image});
+  const int32_t at[] = {channel, column, row, image};
+  host::store_im2col(map, shared, at, 4);
+}
+inline void tma_store_im2col_patches(const TensorMap& map, const void* shared, int32_t channel, int32_t column,
+                                     int32_t row, int32_t patch, int32_t image) {
+  const int32_t at[] = {channel, column, row, image, patch};
+  host::store_im2col(map, shared, at, 5);
 }
 inline void tma_store_4d(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z, int32_t w) {
   const int32_t at[] = {x, y, z, w};

@@ -177,16 +177,17 @@ __global__ void avg_pool_backward_cell_kernel(const __grid_constant__ BackwardPa
     taps_y[q] = taps_inside(params.rows_of_window, y.output[q], rows.first, rows.last);
     taps_x[q] = taps_inside(params.columns_of_window, x.output[q], columns.first, columns.last);
   }
-  uint32_t channel = item.vector * kElements;
-  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+  const uint32_t channel = item.vector * kElements;
+  auto grads = output_offsets<T>(params.grad_output_strides, item.batch, y, x, channel);
+  T* output =
+      static_cast<T*>(params.output) + pixel_offset(params.output_strides, item.batch, y.position, x.position, channel);
+  for (int32_t part = 0; part < params.tiles.parts; ++part) {
     Words<kBytes> grad[kOutputs][kOutputs];
 #pragma unroll
     for (int qy = 0; qy < kOutputs; ++qy) {
 #pragma unroll
       for (int qx = 0; qx < kOutputs; ++qx) {
-        grad[qy][qx] = load_words<kBytes>(
-            static_cast<const T*>(params.grad_output) +
-            pixel_offset(params.grad_output_strides, item.batch, y.output[qy], x.output[qx], channel));
+        grad[qy][qx] = load_words<kBytes>(static_cast<const char*>(params.grad_output) + grads.of(qy, qx));
       }
     }
     float sums[kStride][kStride][kElements] = {};
@@ -210,8 +211,6 @@ __global__ void avg_pool_backward_cell_kernel(const __grid_constant__ BackwardPa
         }
       }
     }
-    T* output = static_cast<T*>(params.output) +
-                pixel_offset(params.output_strides, item.batch, y.position, x.position, channel);
 #pragma unroll
     for (int jy = 0; jy < kStride; ++jy) {
 #pragma unroll
@@ -222,6 +221,8 @@ __global__ void avg_pool_backward_cell_kernel(const __grid_constant__ BackwardPa
         }
       }
     }
+    grads.first += sizeof(T) * params.tiles.part_channels;
+    output += params.tiles.part_channels;
   }
 }
 

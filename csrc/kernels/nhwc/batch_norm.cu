@@ -762,20 +762,26 @@ Dim3 merge_grid(const Params& params) {
               1u, 1u};
 }
 
-// Shares of an element-wise pass: about kPixelsPerThread pixels for each thread of a block.
+// Shares of an element-wise pass: whole waves of blocks, `resident` of them on a multiprocessor, in which each thread
+// has about kPixelsPerThread pixels. Depends on the device, which no result here does.
 template <class Params>
-int64_t element_wise_shares(const Params& params, int64_t bytes) {
-  constexpr int64_t kPixelsPerThread = 8;
+int64_t element_wise_shares(const Params& params, int64_t bytes, int64_t resident) {
+  constexpr int64_t kPixelsPerThread = 12;
   const int64_t pixels = int64_t{params.batch} * largest_extent(params.grid.rows) * largest_extent(params.grid.columns);
-  const int64_t shares = pixels / (kPixelsPerThread * lanes_of(params, bytes));
-  const int64_t others = channel_tiles(params, bytes) * params.grid.rows.patches * params.grid.columns.patches;
-  return std::clamp<int64_t>(shares, 1, kMaxPixels / others);
+  const int64_t patches_and_tiles =
+      channel_tiles(params, bytes) * params.grid.rows.patches * params.grid.columns.patches;
+  const int64_t most = std::max<int64_t>(pixels / (2 * lanes_of(params, bytes)), 1);
+  const int64_t blocks = patches_and_tiles * pixels / (kPixelsPerThread * lanes_of(params, bytes));
+  const int64_t wave = std::max(1, device_traits().multiprocessors) * resident;
+  const int64_t waves = std::max<int64_t>((blocks + wave / 2) / wave, 1);
+  const int64_t shares = std::max<int64_t>(waves * wave / patches_and_tiles, 1);
+  return std::min({shares, most, kMaxPixels / patches_and_tiles});
 }
 
 // Enough blocks to keep a device busy, but at least kPixelsPerThread pixels for each of their threads.
 template <class Params>
 int32_t segments_of(const Params& params, int64_t pixels) {
-  constexpr int64_t kBlocks = 1024;
+  constexpr int64_t kBlocks = 792;  // two or three whole waves on 132 multiprocessors
   constexpr int64_t kPixelsPerThread = 4;
   const int64_t bytes = bytes_of(params);
   const int64_t wanted = kBlocks / std::min(kBlocks, params.patches * channel_tiles(params, bytes));
@@ -843,7 +849,7 @@ void launch_merge(const BatchNormStatsParams& params, cudaStream_t stream) {
 }
 
 void launch(const BatchNormApplyParams& params, cudaStream_t stream) {
-  const auto nhwc = with_blocks<ApplyParams>(params, element_wise_shares(params, bytes_of(params)));
+  const auto nhwc = with_blocks<ApplyParams>(params, element_wise_shares(params, bytes_of(params), 4));
   dispatch_vector(params.kOperator, params.type, bytes_of(params), [&](auto tag, auto width) {
     using T = typename decltype(tag)::Type;
     kernels::launch(&batch_norm_apply_kernel<T, width.kInt>, block_grid(nhwc), work_block(),
@@ -867,7 +873,7 @@ void launch_merge(const BatchNormBackwardReduceParams& params, cudaStream_t stre
 }
 
 void launch(const BatchNormBackwardApplyParams& params, cudaStream_t stream) {
-  const auto nhwc = with_blocks<BackwardApplyParams>(params, element_wise_shares(params, bytes_of(params)));
+  const auto nhwc = with_blocks<BackwardApplyParams>(params, element_wise_shares(params, bytes_of(params), 2));
   dispatch_vector(params.kOperator, params.type, bytes_of(params), [&](auto tag, auto width) {
     using T = typename decltype(tag)::Type;
     kernels::launch(&batch_norm_backward_apply_kernel<T, width.kInt>, block_grid(nhwc), work_block(),

@@ -166,11 +166,16 @@ __global__ void max_pool_square_kernel(const __grid_constant__ ForwardParams par
     column_offset[tap] = in_every_lane<T>(static_cast<uint32_t>(x.tap[tap]));
   }
   uint32_t channel = item.vector * (kBytes / sizeof(T));
-  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+  image += sizeof(T) * channel;
+  for (int32_t part = 0; part < params.tiles.parts; ++part) {
     Words<kBytes> candidates[kWindow * kWindow];
 #pragma unroll
-    for (int tap = 0; tap < kWindow * kWindow; ++tap) {
-      candidates[tap] = load_words<kBytes>(image + sizeof(T) * channel + row[tap / kWindow] + column[tap % kWindow]);
+    for (int tap_y = 0; tap_y < kWindow; ++tap_y) {
+      const char* row_of_image = image + row[tap_y];
+#pragma unroll
+      for (int tap_x = 0; tap_x < kWindow; ++tap_x) {
+        candidates[tap_y * kWindow + tap_x] = load_words<kBytes>(row_of_image + column[tap_x]);
+      }
     }
     Maximum<T, kBytes> best{candidates[0], filled_words<kBytes>(row_offset[0] + column_offset[0])};
 #pragma unroll
@@ -182,6 +187,8 @@ __global__ void max_pool_square_kernel(const __grid_constant__ ForwardParams par
       best.offsets = filled_words<kBytes>(in_every_lane<T>(kNoOffset));
     }
     store_maximum<T, kBytes>(params, item, channel, best);
+    image += sizeof(T) * params.tiles.part_channels;
+    channel += params.tiles.part_channels;
   }
 }
 
@@ -283,23 +290,22 @@ __global__ void max_pool_backward_cell_kernel(const __grid_constant__ BackwardPa
       column_tap[j][q] = in_every_lane<T>(x.reads[j][q] ? tap : kNeverColumn);
     }
   }
-  uint32_t channel = item.vector * (kBytes / sizeof(T));
-  for (int32_t part = 0; part < params.tiles.parts; ++part, channel += params.tiles.part_channels) {
+  const uint32_t channel = item.vector * (kBytes / sizeof(T));
+  auto grads = output_offsets<T>(params.grad_output_strides, item.batch, y, x, channel);
+  auto offsets = output_offsets<uint8_t>(params.offsets_strides, item.batch, y, x, channel);
+  T* output =
+      static_cast<T*>(params.output) + pixel_offset(params.output_strides, item.batch, y.position, x.position, channel);
+  for (int32_t part = 0; part < params.tiles.parts; ++part) {
     Words<kBytes> grad[kOutputs][kOutputs];
     Words<kBytes> offset[kOutputs][kOutputs];
 #pragma unroll
     for (int qy = 0; qy < kOutputs; ++qy) {
 #pragma unroll
       for (int qx = 0; qx < kOutputs; ++qx) {
-        grad[qy][qx] = load_words<kBytes>(
-            static_cast<const T*>(params.grad_output) +
-            pixel_offset(params.grad_output_strides, item.batch, y.output[qy], x.output[qx], channel));
-        offset[qy][qx] = load_offsets<T, kBytes>(
-            params.offsets + pixel_offset(params.offsets_strides, item.batch, y.output[qy], x.output[qx], channel));
+        grad[qy][qx] = load_words<kBytes>(static_cast<const char*>(params.grad_output) + grads.of(qy, qx));
+        offset[qy][qx] = load_offsets<T, kBytes>(params.offsets + offsets.of(qy, qx));
       }
     }
-    T* output = static_cast<T*>(params.output) +
-                pixel_offset(params.output_strides, item.batch, y.position, x.position, channel);
 #pragma unroll
     for (int jy = 0; jy < kStride; ++jy) {
 #pragma unroll
@@ -331,6 +337,9 @@ __global__ void max_pool_backward_cell_kernel(const __grid_constant__ BackwardPa
         }
       }
     }
+    grads.first += sizeof(T) * params.tiles.part_channels;
+    offsets.first += params.tiles.part_channels;
+    output += params.tiles.part_channels;
   }
 }
 

@@ -279,6 +279,33 @@ SPLITKERN_DEVICE CellAxis<kKernel, kStride> cell_axis(const AxisPatches& axis, i
   return result;
 }
 
+// Where the outputs of a cell lie in one tensor, in bytes from its beginning: of the outputs q = 0, and from there to
+// the others. Worked out once per thread, so that an access adds little.
+template <int kOutputs>
+struct OutputOffsets {
+  int64_t first;
+  int64_t to_row[kOutputs];
+  int64_t to_column[kOutputs];
+
+  SPLITKERN_DEVICE int64_t of(int row, int column) const {
+    return first + (row == 0 ? 0 : to_row[row]) + (column == 0 ? 0 : to_column[column]);
+  }
+};
+
+template <class T, int kKernel, int kStride, int kOutputs = CellAxis<kKernel, kStride>::kOutputs>
+SPLITKERN_DEVICE OutputOffsets<kOutputs> output_offsets(const Strides4& strides, int64_t batch,
+                                                        const CellAxis<kKernel, kStride>& y,
+                                                        const CellAxis<kKernel, kStride>& x, uint32_t channel) {
+  OutputOffsets<kOutputs> offsets;
+  offsets.first = sizeof(T) * pixel_offset(strides, batch, y.output[0], x.output[0], channel);
+#pragma unroll
+  for (int q = 0; q < kOutputs; ++q) {
+    offsets.to_row[q] = static_cast<int64_t>(sizeof(T)) * strides.row * (y.output[q] - y.output[0]);
+    offsets.to_column[q] = static_cast<int64_t>(sizeof(T)) * strides.column * (x.output[q] - x.output[0]);
+  }
+  return offsets;
+}
+
 // How many outputs have a tap on position j of a cell, at most.
 template <int kKernel, int kStride>
 SPLITKERN_HOST_DEVICE constexpr int outputs_on(int j) {

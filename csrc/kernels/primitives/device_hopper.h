@@ -152,6 +152,17 @@ SPLITKERN_DEVICE void tma_load_im2col(void* shared, const TensorMap& map, Barrie
       "h"(row_offset)
       : "memory");
 }
+// The same for a map with patches.
+SPLITKERN_DEVICE void tma_load_im2col_patches(void* shared, const TensorMap& map, Barrier& barrier, int32_t channel,
+                                              int32_t column, int32_t row, int32_t patch, int32_t image,
+                                              uint16_t column_offset, uint16_t row_offset) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6, %7}], [%2], {%8, %9, %10};" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(channel), "r"(column), "r"(row), "r"(patch), "r"(image),
+      "h"(column_offset), "h"(row_offset), "h"(static_cast<uint16_t>(0))
+      : "memory");
+}
 SPLITKERN_DEVICE void tma_load_3d(void* shared, const TensorMap& map, Barrier& barrier, int32_t x, int32_t y,
                                   int32_t z) {
   asm volatile(
@@ -184,6 +195,14 @@ SPLITKERN_DEVICE void tma_store_im2col(const TensorMap& map, const void* shared,
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.im2col_no_offs.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
       "r"(shared_address(shared)), "r"(channel), "r"(column), "r"(row), "r"(image)
+      : "memory");
+}
+SPLITKERN_DEVICE void tma_store_im2col_patches(const TensorMap& map, const void* shared, int32_t channel,
+                                               int32_t column, int32_t row, int32_t patch, int32_t image) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.im2col_no_offs.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(
+          &map),
+      "r"(shared_address(shared)), "r"(channel), "r"(column), "r"(row), "r"(patch), "r"(image)
       : "memory");
 }
 SPLITKERN_DEVICE void tma_store_4d(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z,

@@ -21,6 +21,10 @@ struct Im2colMap {
   int32_t column_step, row_step;  // between neighbouring base pixels: the convolution's stride
   int32_t box_channels, box_pixels;
   Swizzle swizzle;
+  // 0: none. Else every image is made of that many equal patches, which are walked one after the other: columns, rows,
+  // patches, images. Corners then lie in [-16, 15] and offsets below 32.
+  int32_t patches;
+  int64_t patch_stride_bytes;
 };
 
 // A plain box; the innermost dimension is contiguous. Positions outside read as zero and are not written.

@@ -26,6 +26,7 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
 struct Tuning {
   int32_t gemm_tile = -1;             // index into kGemmTiles
   int32_t lag = -1;                   // see GemmTile
+  int32_t merge = -1;                 // 0: equal patches stay problems of their own
   int32_t window = -1;                // 1: the window kernels wherever they can, 0: never
   int32_t weight_grad_tile = -1;      // index into kWeightGradTiles
   int32_t weight_grad_segments = -1;  // shares of the reduction

@@ -36,15 +36,17 @@ inline constexpr GemmTile kGemmTiles[] = {
     {128, 256, false, 4, 2, 1203, 3860, 1}, {256, 128, true, 4, 2, 1230, 2900, 1},
     {192, 128, true, 4, 1, 924, 2140, 1},   {128, 128, true, 6, 1, 605, 2250, 2},
     {128, 256, false, 3, 1, 1250, 3000, 0}, {256, 64, true, 4, 1, 724, 1400, 1},
-    {256, 128, true, 3, 1, 1280, 2500, 0},
+    {256, 128, true, 3, 1, 1280, 2500, 0},  {96, 128, true, 7, 1, 500, 2000, 2},
 };
 inline constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 
-template <class T_, bool kInputGrad_, int kTileIndex>
+// kPatches: the maps have patches.
+template <class T_, bool kInputGrad_, int kTileIndex, bool kPatches_>
 struct GemmTraits {
   using T = T_;
   static constexpr GemmTile kTile = kGemmTiles[kTileIndex];
   static constexpr bool kInputGrad = kInputGrad_;
+  static constexpr bool kPatches = kPatches_;
   static constexpr bool kSwapped = kTile.swapped;
   static constexpr int kPixels = kTile.pixels;
   static constexpr int kChannels = kTile.channels;
@@ -60,6 +62,7 @@ struct GemmTraits {
 
   static constexpr int kLoadPixels = kPixels <= 256 ? kPixels : kPixels / 2;  // of one TMA box
   static constexpr int kStorePixels = kSwapped ? kColumns / kRounds : 64;
+  static constexpr int kStoreLines = kSwapped ? kRounds : 1;  // runs of pixels of a warpgroup that are stored apart
   static constexpr int kStoreBlocks = kSwapped ? 1 : kColumns / 64 / kRounds;  // of 64 channels
   static constexpr int kOperandBytes = kPixels * 128;
   static constexpr int kWeightBytes = kChannels * 128;
@@ -99,6 +102,24 @@ SPLITKERN_DEVICE void locate(const Params& params, int32_t tile, TilePosition& p
   position.channel = (local - pixel_tile * params.channel_tiles) * Traits::kChannels;
 }
 
+struct Pixel {
+  int32_t column;
+  int32_t row;
+  int32_t patch;
+  int32_t image;
+};
+template <class Traits>
+SPLITKERN_DEVICE Pixel pixel_at(const SubProblem& problem, int32_t index) {
+  Pixel pixel;
+  const int32_t line = index / problem.columns;
+  const int32_t plane = line / problem.rows;
+  pixel.column = index - line * problem.columns;
+  pixel.row = line - plane * problem.rows;
+  pixel.image = Traits::kPatches ? plane / problem.patches : plane;
+  pixel.patch = plane - pixel.image * problem.patches;  // read only where the maps have patches
+  return pixel;
+}
+
 // The producer's thread: fills stages in the order in which the math warpgroups empty them.
 template <class Traits, class Params>
 SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& shared) {
@@ -123,17 +144,14 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
       prefetched = next.sub_problem;
     }
     constexpr int kBoxes = Traits::kPixels / Traits::kLoadPixels;
-    int32_t column[kBoxes];
-    int32_t row[kBoxes];
-    int32_t image[kBoxes];
+    Pixel first[kBoxes];
     unrolled<kBoxes>([&](auto box) {
       int32_t pixel = position.pixel + box * Traits::kLoadPixels;
       // A box wholly behind the last pixel is never stored: load any.
       if (pixel >= problem.pixels) pixel = position.pixel;
-      const int32_t line = pixel / problem.columns;
-      image[box] = line / problem.rows;
-      row[box] = problem.lower_row + (line - image[box] * problem.rows) * problem.row_step;
-      column[box] = problem.lower_column + (pixel - line * problem.columns) * problem.column_step;
+      first[box] = pixel_at<Traits>(problem, pixel);
+      first[box].row = problem.lower_row + first[box].row * problem.row_step;
+      first[box].column = problem.lower_column + first[box].column * problem.column_step;
     });
     for (int32_t row_tap = 0; row_tap < problem.row_taps.taps; ++row_tap) {
       const int32_t tap_row = problem.row_taps.first_tap + row_tap * problem.row_taps.tap_step;
@@ -149,8 +167,15 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
           barrier_wait(shared.empty[ring.index], ring.parity ^ 1);
           barrier_arrive_expect(full, Traits::kStageBytes);
           unrolled<kBoxes>([&](auto box) {
-            tma_load_im2col(stage.operand + box * Traits::kLoadPixels * 128, operand, full, reduction, column[box],
-                            row[box], image[box], column_offset, row_offset);
+            unsigned char* destination = stage.operand + box * Traits::kLoadPixels * 128;
+            const Pixel& from = first[box];
+            if constexpr (Traits::kPatches) {
+              tma_load_im2col_patches(destination, operand, full, reduction, from.column, from.row, from.patch,
+                                      from.image, column_offset, row_offset);
+            } else {
+              tma_load_im2col(destination, operand, full, reduction, from.column, from.row, from.image, column_offset,
+                              row_offset);
+            }
           });
           if constexpr (Traits::kInputGrad) {
             unrolled<Traits::kChannels / 64>([&](auto columns) {
@@ -171,16 +196,14 @@ SPLITKERN_DEVICE void load_tiles(const Params& params, GemmShared<Traits>& share
 // is neither bias nor activation, which saves most of the instructions.
 template <class Traits, bool kPlain, class Params>
 SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& shared, const TilePosition& position,
-                                 uint32_t warpgroup, uint32_t thread, const float (&sums)[Traits::kColumns / 2]) {
+                                 const Pixel (&to)[Traits::kStoreLines], uint32_t warpgroup, uint32_t thread,
+                                 const float (&sums)[Traits::kColumns / 2]) {
   using T = typename Traits::T;
-  const SubProblem& problem = params.sub_problem[position.sub_problem];
   const TensorMap& output = params.output[position.sub_problem];
   unsigned char* staging = shared.staging[warpgroup];
   const float* bias = shared.bias[warpgroup];
   const uint32_t warp = thread / kWarpThreads;
   const uint32_t lane = thread % kWarpThreads;
-  const int32_t first_pixel =
-      position.pixel + (Traits::kSplitPixels ? static_cast<int32_t>(warpgroup) * Traits::kWarpgroupPixels : 0);
   const int32_t first_channel =
       position.channel + (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
   const auto finish = [&](float sum, float offset) {
@@ -226,16 +249,17 @@ SPLITKERN_DEVICE void store_tile(const Params& params, GemmShared<Traits>& share
     fence_async_shared();
     named_barrier(1 + warpgroup, kWarpgroupThreads);
     if (thread == 0) {
-      const int32_t pixel = first_pixel + (Traits::kSwapped ? round * Traits::kStorePixels : 0);
-      if (pixel < problem.pixels) {
-        const int32_t line = pixel / problem.columns;
-        const int32_t image = line / problem.rows;
-        const int32_t row = line - image * problem.rows;
-        const int32_t column = pixel - line * problem.columns;
+      const Pixel& first = to[Traits::kSwapped ? round : 0];
+      if (first.image >= 0) {
         unrolled<Traits::kStoreBlocks>([&](auto block) {
           const int32_t channel = first_channel + (Traits::kSwapped ? 0 : round * Traits::kStoreBlocks + block) * 64;
           if (channel < params.channels) {
-            tma_store_im2col(output, staging + block * Traits::kStorePixels * 128, channel, column, row, image);
+            const unsigned char* source = staging + block * Traits::kStorePixels * 128;
+            if constexpr (Traits::kPatches) {
+              tma_store_im2col_patches(output, source, channel, first.column, first.row, first.patch, first.image);
+            } else {
+              tma_store_im2col(output, source, channel, first.column, first.row, first.image);
+            }
           }
         });
       }
@@ -266,19 +290,10 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
   Ring<Traits::kStages> ring;
   TilePosition position;
   const int32_t stride = static_cast<int32_t>(grid_extent().x);
+  locate<Traits>(params, static_cast<int32_t>(block_index().x), position);  // there are no more blocks than tiles
   for (int32_t tile = static_cast<int32_t>(block_index().x); tile < params.tiles; tile += stride) {
-    locate<Traits>(params, tile, position);
     const SubProblem& problem = params.sub_problem[position.sub_problem];
     const int32_t iterations = problem.row_taps.taps * problem.column_taps.taps * params.reduction_blocks;
-
-    // Read after the first barrier of store_tile. The last tile's reads are over: store_tile ends with a barrier.
-    for (uint32_t i = thread; !plain && i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
-      const int32_t channel = position.channel + static_cast<int32_t>(i) +
-                              (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
-      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
-                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
-                                      : 0.0f;
-    }
 
     float sums[kColumns / 2];
     if (iterations == 0) {
@@ -309,12 +324,32 @@ SPLITKERN_DEVICE void multiply_tiles(const Params& params, GemmShared<Traits>& s
     }
     if (lead != 0 && thread == 0) barrier_arrive(shared.lead);
     lead = 0;
+
+    // While the last products are under way: where the tile goes, its bias, and what comes next.
+    Pixel to[Traits::kStoreLines];
+    unrolled<Traits::kStoreLines>([&](auto line) {
+      const int32_t pixel = position.pixel +
+                            (Traits::kSplitPixels ? static_cast<int32_t>(warpgroup) * Traits::kWarpgroupPixels : 0) +
+                            line * Traits::kStorePixels;
+      to[line] = pixel_at<Traits>(problem, pixel);
+      if (pixel >= problem.pixels) to[line].image = -1;  // not stored
+    });
+    // Read after the first barrier of store_tile. The last tile's reads are over: store_tile ends with a barrier.
+    for (uint32_t i = thread; !plain && i < Traits::kWarpgroupChannels; i += kWarpgroupThreads) {
+      const int32_t channel = position.channel + static_cast<int32_t>(i) +
+                              (Traits::kSplitPixels ? 0 : static_cast<int32_t>(warpgroup) * Traits::kWarpgroupChannels);
+      shared.bias[warpgroup][i] = params.bias != nullptr && channel < params.channels
+                                      ? to_accumulator(static_cast<const T*>(params.bias)[channel * params.bias_stride])
+                                      : 0.0f;
+    }
+    const TilePosition current = position;
+    if (tile + stride < params.tiles) locate<Traits>(params, tile + stride, position);
     wgmma_wait<0>();
     if (iterations > 0 && arrives) barrier_arrive(shared.empty[previous]);
     if (plain) {
-      store_tile<Traits, true>(params, shared, position, warpgroup, thread, sums);
+      store_tile<Traits, true>(params, shared, current, to, warpgroup, thread, sums);
     } else {
-      store_tile<Traits, false>(params, shared, position, warpgroup, thread, sums);
+      store_tile<Traits, false>(params, shared, current, to, warpgroup, thread, sums);
     }
   }
   if (thread == 0) tma_store_wait<0>();
@@ -382,7 +417,17 @@ inline TiledMap weight_map(const GemmCall& call, int32_t box_out_channels) {
 struct GemmProblem {
   AxisWalk rows;
   AxisWalk columns;
-  int64_t pixels(int64_t images) const { return rows.outputs * columns.outputs * images; }
+  // Equal patches as one problem, so that only its last tile is a partial one. `patches` (0: the maps have none) lie
+  // patch steps apart; `rows_of_patches` more of each count as images, which then lie image steps apart. In elements.
+  int32_t patches = 0;
+  int32_t rows_of_patches = 1;
+  int64_t operand_patch_step = 0;
+  int64_t output_patch_step = 0;
+  int64_t operand_image_step = 0;
+  int64_t output_image_step = 0;
+  int64_t pixels(int64_t images) const {
+    return rows.outputs * columns.outputs * images * rows_of_patches * std::max(patches, 1);
+  }
   int64_t taps() const { return rows.taps * columns.taps; }
 };
 
@@ -407,13 +452,15 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
     params.sub_problems = static_cast<int32_t>(std::min<size_t>(problems.size() - first, kMaxSubProblems));
     params.tiles = 0;
     for (int32_t i = 0; i < params.sub_problems; ++i) {
-      const AxisWalk& rows = problems[first + i].rows;
-      const AxisWalk& columns = problems[first + i].columns;
-      const int32_t pixels = static_cast<int32_t>(problems[first + i].pixels(call.images));
+      const GemmProblem& problem = problems[first + i];
+      const AxisWalk& rows = problem.rows;
+      const AxisWalk& columns = problem.columns;
+      const int32_t pixels = static_cast<int32_t>(problem.pixels(call.images));
       params.sub_problem[i] = {params.tiles,
                                pixels,
                                static_cast<int32_t>(columns.outputs),
                                static_cast<int32_t>(rows.outputs),
+                               std::max(problem.patches, 1),
                                static_cast<int32_t>(columns.lower),
                                static_cast<int32_t>(rows.lower),
                                static_cast<int32_t>(columns.step),
@@ -423,12 +470,17 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
                                {static_cast<int32_t>(columns.taps), static_cast<int32_t>(columns.first_tap),
                                 static_cast<int32_t>(columns.tap_step), static_cast<int32_t>(columns.offset_step)}};
       params.tiles += static_cast<int32_t>(ceil_divide(pixels, Traits::kPixels)) * params.channel_tiles;
-      params.operand[i] = encode(operand_map(call.type, call.operand, call.operand_strides, call.reduction_channels,
-                                             call.images, rows, columns, Traits::kLoadPixels),
-                                 Params::kOperator);
-      params.output[i] = encode(output_map(call.type, call.output, call.output_strides, call.channels, call.images,
-                                           rows, columns, Traits::kStorePixels),
-                                Params::kOperator);
+      const int32_t images = call.images * problem.rows_of_patches;
+      Im2colMap operand = operand_map(call.type, call.operand, call.operand_strides, call.reduction_channels, images,
+                                      rows, columns, Traits::kLoadPixels);
+      Im2colMap output = output_map(call.type, call.output, call.output_strides, call.channels, images, rows, columns,
+                                    Traits::kStorePixels);
+      if constexpr (Traits::kPatches) {
+        set_patches(operand, problem.patches, problem.operand_patch_step, problem.operand_image_step);
+        set_patches(output, problem.patches, problem.output_patch_step, problem.output_image_step);
+      }
+      params.operand[i] = encode(operand, Params::kOperator);
+      params.output[i] = encode(output, Params::kOperator);
     }
     const unsigned blocks = static_cast<unsigned>(std::min(params.tiles, multiprocessors));
     kernels::launch(&conv_gemm_kernel<Traits>, Dim3{blocks, 1, 1}, Dim3{kBlockThreads, 1, 1},
@@ -437,6 +489,7 @@ void launch_gemm(const GemmCall& call, const std::vector<GemmProblem>& problems,
 }
 
 // Instantiated in conv_gemm_*.cu, one file per type and operator.
+// Every problem has patches, or none has.
 template <class T, bool kInputGrad>
 void launch_gemm_tile(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream);

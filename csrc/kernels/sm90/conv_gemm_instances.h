@@ -9,7 +9,11 @@ template <class T, bool kInputGrad>
 void launch_gemm_tile(int32_t tile, const GemmCall& call, const std::vector<GemmProblem>& problems,
                       int32_t multiprocessors, cudaStream_t stream) {
   const bool launched = with_index<kGemmTileCount>(tile, [&](auto index) {
-    launch_gemm<GemmTraits<T, kInputGrad, index>>(call, problems, multiprocessors, stream);
+    if (problems.front().patches > 0) {
+      launch_gemm<GemmTraits<T, kInputGrad, index, true>>(call, problems, multiprocessors, stream);
+    } else {
+      launch_gemm<GemmTraits<T, kInputGrad, index, false>>(call, problems, multiprocessors, stream);
+    }
   });
   if (!launched) {
     throw std::runtime_error(std::string(GemmParams<kInputGrad>::kOperator) + ": the Hopper path has tiles 0 to " +

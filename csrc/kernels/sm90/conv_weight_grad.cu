@@ -14,18 +14,21 @@
 namespace splitkern::kernels::sm90 {
 namespace {
 
-constexpr int kReduceThreads = 192;
-constexpr int kReduceTaps = 16;  // of a block at most
+constexpr int kReduceThreads = 256;
+constexpr int kReduceVectors = 16;                             // of 4 channels: a block's 64 channels of one tap
+constexpr int kReduceParts = kReduceThreads / kReduceVectors;  // taps times groups of segments
 
 struct ReduceShared {
-  uint16_t elements[64][kReduceTaps + 1];
+  float sums[kReduceParts][64];  // [group][tap], channel
 };
 static_assert(sizeof(ReduceShared) <= shared_budget("sm90::weight_grad_reduce_kernel"));
 
-// A block sums 64 in-channels of one out channel; reads follow the channels, writes follow the taps, the fastest index
-// of an OIHW weight.
+// A block sums some taps of 64 in-channels of one out channel. Each of its groups of threads adds every groups-th
+// segment, all of whose loads may be under way at once; then the groups' sums are added in order. Reads follow the
+// channels, writes follow the taps, the fastest index of an OIHW weight.
 template <class T>
-__global__ void weight_grad_reduce_kernel(const __grid_constant__ WeightGradReduceParams params) {
+__global__ void __launch_bounds__(kReduceThreads)
+    weight_grad_reduce_kernel(const __grid_constant__ WeightGradReduceParams params) {
   ReduceShared& shared = dynamic_shared<ReduceShared>();
   wait_for_previous_kernel();
   const int32_t thread = static_cast<int32_t>(thread_index());
@@ -36,46 +39,51 @@ __global__ void weight_grad_reduce_kernel(const __grid_constant__ WeightGradRedu
   const int32_t taps =
       params.taps - first_tap < params.taps_per_block ? params.taps - first_tap : params.taps_per_block;
   const int64_t weights = static_cast<int64_t>(params.out_channels) * params.taps * params.in_channels;
-  const float* sums = params.partial_sums +
-                      (static_cast<int64_t>(out_channel) * params.taps + first_tap) * params.in_channels +
-                      first_channel;
-  T* output = static_cast<T*>(params.output) + out_channel * params.output_strides.batch +
-              first_channel * params.output_strides.channel;
 
-  for (int32_t i = thread; i < taps * 64; i += kReduceThreads) {
-    const int32_t tap = i / 64;
-    const int32_t channel = i - tap * 64;
-    if (channel >= channels) continue;
-    const float* partial = sums + static_cast<int64_t>(tap) * params.in_channels + channel;
-    float sum = 0;
-    int32_t segment = 0;
-    for (; segment + 8 <= params.segments; segment += 8) {  // eight loads under way, added in order
-      float loaded[8];
-      unrolled<8>([&](auto j) { loaded[j] = bits_float(load_global_streaming<uint32_t>(partial + j * weights)); });
-      unrolled<8>([&](auto j) { sum += loaded[j]; });
-      partial += 8 * weights;
+  const int32_t vector = thread % kReduceVectors;
+  const int32_t part = thread / kReduceVectors;
+  const int32_t group = part / params.taps_per_block;
+  const int32_t tap_of_part = part - group * params.taps_per_block;
+  if (group < params.groups && tap_of_part < taps && vector * 4 < channels) {
+    const float* partial =
+        params.partial_sums +
+        (static_cast<int64_t>(out_channel) * params.taps + first_tap + tap_of_part) * params.in_channels +
+        first_channel + vector * 4 + group * weights;
+    const int64_t step = params.groups * weights;
+    float sums[4] = {0, 0, 0, 0};
+    const auto add = [&](const Vector16& loaded) {
+      unrolled<4>([&](auto i) { sums[i] += bits_float(loaded.words[i]); });
+    };
+    int32_t left = (params.segments - group + params.groups - 1) / params.groups;
+    for (; left >= 4; left -= 4) {  // four loads under way, added in order
+      Vector16 loaded[4];
+      unrolled<4>([&](auto j) { loaded[j] = load_global_streaming<Vector16>(partial + j * step); });
+      unrolled<4>([&](auto j) { add(loaded[j]); });
+      partial += 4 * step;
     }
-    for (; segment < params.segments; ++segment) {
-      sum += bits_float(load_global_streaming<uint32_t>(partial));
-      partial += weights;
+    for (; left > 0; --left) {
+      add(load_global_streaming<Vector16>(partial));
+      partial += step;
     }
-    if (params.accumulate) {
-      const int32_t row = (first_tap + tap) / params.kernel_columns;
-      const int32_t column = first_tap + tap - row * params.kernel_columns;
-      sum += to_accumulator(output[channel * params.output_strides.channel + row * params.output_strides.row +
-                                   column * params.output_strides.column]);
-    }
-    shared.elements[channel][tap] = to_bits(from_accumulator<T>(sum));
+    unrolled<4>([&](auto i) { shared.sums[part][vector * 4 + i] = sums[i]; });
   }
   block_barrier();
+
+  T* output = static_cast<T*>(params.output) + out_channel * params.output_strides.batch +
+              first_channel * params.output_strides.channel;
   for (int32_t i = thread; i < taps * channels; i += kReduceThreads) {
     const int32_t channel = i / taps;
     const int32_t tap = i - channel * taps;
+    float sum = 0;
+    for (int32_t other = 0; other < params.groups; ++other) {
+      sum += shared.sums[other * params.taps_per_block + tap][channel];
+    }
     const int32_t row = (first_tap + tap) / params.kernel_columns;
     const int32_t column = first_tap + tap - row * params.kernel_columns;
-    store_global<uint16_t>(output + channel * params.output_strides.channel + row * params.output_strides.row +
-                               column * params.output_strides.column,
-                           shared.elements[channel][tap]);
+    T* element = output + channel * params.output_strides.channel + row * params.output_strides.row +
+                 column * params.output_strides.column;
+    if (params.accumulate) sum += to_accumulator(*element);
+    *element = from_accumulator<T>(sum);
   }
 }
 
@@ -303,8 +311,8 @@ void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void
   reduce.output = params.output;
   const int64_t lines = ceil_divide(reduce.in_channels, 64) * reduce.out_channels;
   // All taps of a channel in one block write the longest runs; few blocks would leave the device idle.
-  reduce.taps_per_block =
-      lines >= 4 * traits.multiprocessors ? std::min(reduce.taps, kReduceTaps) : std::min(reduce.taps, 3);
+  reduce.taps_per_block = std::min(reduce.taps, lines >= 4 * traits.multiprocessors ? kReduceParts : 3);
+  reduce.groups = std::min(kReduceParts / reduce.taps_per_block, reduce.segments);
   const Dim3 grid{static_cast<unsigned>(reduce.out_channels),
                   static_cast<unsigned>(ceil_divide(reduce.in_channels, 64)),
                   static_cast<unsigned>(ceil_divide(reduce.taps, reduce.taps_per_block))};

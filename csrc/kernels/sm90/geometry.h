@@ -222,6 +222,17 @@ inline TiledMap box_map(ElementType type, const void* base, const Strides4& stri
   return map;
 }
 
+// Turns a map into one of `patches` equal patches per image; steps in elements.
+inline void set_patches(Im2colMap& map, int32_t patches, int64_t patch_step, int64_t image_step) {
+  map.patches = patches;
+  map.patch_stride_bytes = patch_step * kElementBytes;
+  if (map.images > 1) {
+    map.image_stride_bytes = image_step * kElementBytes;
+  } else {
+    map.image_stride_bytes = std::max(map.patch_stride_bytes * patches, map.row_stride_bytes * map.rows);
+  }
+}
+
 // --- Weights --------------------------------------------------------------------------------------------
 
 // Whether the weights lie as [output channel][tap][input channel] with strides that a tensor map takes.

@@ -19,12 +19,13 @@ struct TapWalk {
   int32_t offset_step;
 };
 
-// See geometry.h. Pixels are numbered along columns, then rows, then images.
+// See geometry.h. Pixels are numbered along columns, then rows, then patches, then images.
 struct SubProblem {
   int32_t first_tile;
   int32_t pixels;
   int32_t columns;
   int32_t rows;
+  int32_t patches;  // 1 where the maps have none
   int32_t lower_column;
   int32_t lower_row;
   int32_t column_step;
@@ -105,6 +106,7 @@ struct WeightGradReduceParams {
   int32_t kernel_columns;
   int32_t segments;
   int32_t taps_per_block;
+  int32_t groups;  // of segments, summed apart
   bool accumulate;
   Strides4 output_strides;
   const float* partial_sums;

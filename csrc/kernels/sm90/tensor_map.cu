@@ -67,30 +67,38 @@ std::string list(const Value* values, int count) {
 TensorMap encode(const Im2colMap& arguments, const char* operation) {
   static const auto encode_im2col =
       reinterpret_cast<EncodeIm2col>(driver_function("cuTensorMapEncodeIm2col", operation));
-  const cuuint64_t extents[] = {static_cast<cuuint64_t>(arguments.channels), static_cast<cuuint64_t>(arguments.columns),
-                                static_cast<cuuint64_t>(arguments.rows), static_cast<cuuint64_t>(arguments.images)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(arguments.column_stride_bytes),
-                                static_cast<cuuint64_t>(arguments.row_stride_bytes),
-                                static_cast<cuuint64_t>(arguments.image_stride_bytes)};
+  const int rank = arguments.patches == 0 ? 4 : 5;
+  cuuint64_t extents[] = {static_cast<cuuint64_t>(arguments.channels), static_cast<cuuint64_t>(arguments.columns),
+                          static_cast<cuuint64_t>(arguments.rows), static_cast<cuuint64_t>(arguments.images), 0};
+  cuuint64_t strides[] = {static_cast<cuuint64_t>(arguments.column_stride_bytes),
+                          static_cast<cuuint64_t>(arguments.row_stride_bytes),
+                          static_cast<cuuint64_t>(arguments.image_stride_bytes), 0};
+  if (rank == 5) {
+    extents[4] = extents[3];
+    strides[3] = strides[2];
+    extents[3] = static_cast<cuuint64_t>(arguments.patches);
+    strides[2] = static_cast<cuuint64_t>(arguments.patch_stride_bytes);
+  }
   // Like the extents from the innermost dimension on, whatever the driver's documentation says.
-  const int lower[] = {arguments.lower_column, arguments.lower_row};
-  const int upper[] = {arguments.upper_column, arguments.upper_row};
+  const int lower[] = {arguments.lower_column, arguments.lower_row, 0};
+  const int upper[] = {arguments.upper_column, arguments.upper_row, 0};
   const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(arguments.column_step),
-                              static_cast<cuuint32_t>(arguments.row_step), 1};
+                              static_cast<cuuint32_t>(arguments.row_step), 1, 1};
   TensorMap result;
-  const CUresult status = encode_im2col(
-      &result.map, data_type(arguments.type, operation), 4, const_cast<void*>(arguments.base), extents, strides, lower,
-      upper, static_cast<cuuint32_t>(arguments.box_channels), static_cast<cuuint32_t>(arguments.box_pixels), steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(arguments.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode_im2col(&result.map, data_type(arguments.type, operation), static_cast<cuuint32_t>(rank),
+                    const_cast<void*>(arguments.base), extents, strides, lower, upper,
+                    static_cast<cuuint32_t>(arguments.box_channels), static_cast<cuuint32_t>(arguments.box_pixels),
+                    steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(arguments.swizzle),
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     refuse(operation, "an im2col", status,
            "type " + std::to_string(static_cast<int32_t>(arguments.type)) + ", base " +
-               std::to_string(reinterpret_cast<uintptr_t>(arguments.base)) + ", extents " + list(extents, 4) +
-               ", strides in bytes " + list(strides, 3) + ", lower corner " + list(lower, 2) + ", upper corner " +
-               list(upper, 2) + ", steps " + list(steps, 4) + ", box of " + std::to_string(arguments.box_channels) +
-               " channels and " + std::to_string(arguments.box_pixels) + " pixels, swizzle " +
-               std::to_string(static_cast<int32_t>(arguments.swizzle)));
+               std::to_string(reinterpret_cast<uintptr_t>(arguments.base)) + ", extents " + list(extents, rank) +
+               ", strides in bytes " + list(strides, rank - 1) + ", lower corner " + list(lower, rank - 2) +
+               ", upper corner " + list(upper, rank - 2) + ", steps " + list(steps, rank) + ", box of " +
+               std::to_string(arguments.box_channels) + " channels and " + std::to_string(arguments.box_pixels) +
+               " pixels, swizzle " + std::to_string(static_cast<int32_t>(arguments.swizzle)));
   }
   return result;
 }

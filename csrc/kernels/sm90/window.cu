@@ -453,6 +453,51 @@ int32_t tile_groups(Kind kind) {
   return kind == Kind::kNarrow ? 2 : 1;
 }
 
+// Below, kNarrow and kResident took up to twice what is predicted (14 columns of 64 to 64 channels, H200).
+constexpr int32_t kMinNarrowBoxColumns = 24;
+
+// How a problem's outputs are cut for products of `columns` pixels.
+struct Cut {
+  int32_t strips = 0;  // 0: they cannot be
+  int32_t width;
+  int32_t box_columns;
+  int32_t group_rows;
+  int32_t row_tiles;
+};
+
+// The cut into the fewest tiles, among those into the one with the smallest box.
+Cut cut_of(int32_t out_rows, int32_t out_columns, int32_t border_rows, int32_t border_columns, Kind kind,
+           int32_t columns) {
+  const int32_t groups = tile_groups(kind);
+  const int32_t capacity = box_capacity(kind, columns);
+  Cut best{};
+  int32_t best_box = 0;
+  for (int32_t strips = 1; strips <= 8 && strips <= out_columns; ++strips) {
+    const int32_t width = static_cast<int32_t>(ceil_divide(out_columns, strips));
+    const int32_t box_columns = width + border_columns;
+    if (box_columns > 256) continue;
+    const auto fits = [&](int32_t rows) {
+      const int32_t box_rows = groups * rows + border_rows;
+      // The last product's last tap reads up to here, past the box's end where the product is not full.
+      const int32_t reach = ((groups - 1) * rows + border_rows) * box_columns + border_columns + columns;
+      return box_rows <= 256 && std::max(reach, box_rows * box_columns) <= capacity;
+    };
+    int32_t rows = std::min(columns / box_columns, static_cast<int32_t>(ceil_divide(out_rows, groups)));
+    while (rows > 0 && !fits(rows)) --rows;
+    if (rows == 0) continue;
+    const int32_t row_tiles = static_cast<int32_t>(ceil_divide(out_rows, groups * rows));
+    rows = static_cast<int32_t>(ceil_divide(out_rows, groups * row_tiles));  // as many tiles, of even heights
+    const int32_t box = (groups * rows + border_rows) * box_columns;
+    const int32_t tiles = strips * row_tiles;
+    const int32_t best_tiles = best.strips * best.row_tiles;
+    if (best.strips == 0 || tiles < best_tiles || (tiles == best_tiles && box < best_box)) {
+      best = {strips, width, box_columns, rows, row_tiles};
+      best_box = box;
+    }
+  }
+  return best;
+}
+
 // Cuts every problem for products of `columns` pixels; no strips where one does not fit.
 Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, Kind kind, int32_t columns,
                int32_t multiprocessors) {
@@ -461,46 +506,30 @@ Plan plan_with(const GemmCall& call, const std::vector<GemmProblem>& problems, K
   const AxisWalk& column_taps = problems.front().columns;
   const int32_t border_rows = static_cast<int32_t>((row_taps.taps - 1) * row_taps.offset_step);
   const int32_t border_columns = static_cast<int32_t>((column_taps.taps - 1) * column_taps.offset_step);
-  const int32_t groups = tile_groups(kind);
-  const int32_t capacity = box_capacity(kind, columns);
   int64_t tiles = 0;
+  Cut cut{};
+  int64_t cut_rows = -1;
+  int64_t cut_columns = -1;
   for (size_t index = 0; index < problems.size(); ++index) {
-    const int32_t out_columns = static_cast<int32_t>(problems[index].columns.outputs);
-    const int32_t out_rows = static_cast<int32_t>(problems[index].rows.outputs);
-    int64_t best = -1;
-    Strip chosen{};
-    int32_t chosen_strips = 0;
-    int32_t chosen_box = 0;
-    for (int32_t strips = 1; strips <= 8 && strips <= out_columns; ++strips) {
-      const int32_t width = static_cast<int32_t>(ceil_divide(out_columns, strips));
-      const int32_t box_columns = width + border_columns;
-      for (int32_t rows = std::min(columns / box_columns, static_cast<int32_t>(ceil_divide(out_rows, groups)));
-           rows >= 1; --rows) {
-        const int32_t box_rows = groups * rows + border_rows;
-        // The last product's last tap reads up to here, past the box's end where the product is not full.
-        const int32_t reach = ((groups - 1) * rows + border_rows) * box_columns + border_columns + columns;
-        if (box_columns > 256 || box_rows > 256 || std::max(reach, box_rows * box_columns) > capacity) continue;
-        const int32_t row_tiles = static_cast<int32_t>(ceil_divide(out_rows, groups * rows));
-        const int64_t cost = int64_t{strips} * row_tiles;
-        const bool smaller_box = cost == best && box_rows * box_columns < chosen_box;
-        if (best < 0 || cost < best || smaller_box) {
-          best = cost;
-          chosen_box = box_rows * box_columns;
-          chosen = {static_cast<int32_t>(index), 0, width, box_columns, rows, row_tiles};
-          chosen_strips = strips;
-        }
-      }
+    const int64_t out_rows = problems[index].rows.outputs;
+    const int64_t out_columns = problems[index].columns.outputs;
+    if (out_rows != cut_rows || out_columns != cut_columns) {  // neighbouring patches are mostly alike
+      cut = cut_of(static_cast<int32_t>(out_rows), static_cast<int32_t>(out_columns), border_rows, border_columns, kind,
+                   columns);
+      cut_rows = out_rows;
+      cut_columns = out_columns;
     }
-    if (best < 0) return {};
-    tiles += best * call.images;
-    for (int32_t strip = 0; strip < chosen_strips; ++strip) {
-      Strip next = chosen;
-      next.first_column = strip * chosen.columns;
-      next.columns = std::min(chosen.columns, out_columns - next.first_column);
-      if (next.columns > 0) plan.strips.push_back(next);
+    if (cut.strips == 0 || (kind != Kind::kWide && cut.box_columns < kMinNarrowBoxColumns)) return {};
+    tiles += int64_t{cut.strips} * cut.row_tiles * call.images;
+    for (int32_t strip = 0; strip < cut.strips; ++strip) {
+      const int32_t first = strip * cut.width;
+      const int32_t width = std::min(cut.width, static_cast<int32_t>(out_columns) - first);
+      if (width <= 0) continue;
+      plan.strips.push_back(
+          {static_cast<int32_t>(index), first, width, cut.box_columns, cut.group_rows, cut.row_tiles});
     }
+    if (static_cast<int64_t>(plan.strips.size()) > kMaxProblems) return {};
   }
-  if (static_cast<int64_t>(plan.strips.size()) > kMaxProblems) return {};
   // Measured on an H200: products at 0.96 of the tensor cores' rate (half a cycle per column for 64 rows and 16 of the
   // reduction), and what a tile takes beside them; turns hide that.
   constexpr double kCyclesPerColumn = 0.52;

@@ -201,44 +201,64 @@ struct Plan {
   int64_t pixels = 0;  // multiplied, useful or not
 };
 
+// How a patch's outputs are cut into boxes.
+struct Cut {
+  int32_t strips = 0;  // 0: they cannot be
+  int32_t width;
+  int32_t box_columns;
+  int32_t box_rows;
+  int32_t row_tiles;
+};
+
+// The cut into the fewest pixels, the border columns of every box and the rows behind the last counted.
+Cut cut_of(int32_t out_rows, int32_t out_columns, int32_t border_rows, int32_t border_columns) {
+  Cut best{};
+  int64_t best_pixels = 0;
+  for (int32_t strips = 1; strips <= 8 && strips <= out_columns; ++strips) {
+    const int32_t width = static_cast<int32_t>(ceil_divide(out_columns, strips));
+    for (int32_t box_rows = std::min(out_rows + 1, 64); box_rows >= 1; --box_rows) {
+      int32_t box_columns = width + border_columns;
+      while (box_rows * box_columns % kStepPixels != 0) ++box_columns;
+      const int32_t stage_pixels = (2 * box_rows + border_rows) * box_columns + border_columns;
+      if (box_columns > 256 || box_rows + border_rows > 256 || stage_pixels * kPixelBytes > kStageBytes) continue;
+      const int32_t row_tiles = static_cast<int32_t>(ceil_divide(out_rows, box_rows));
+      const int64_t pixels = int64_t{strips} * row_tiles * box_rows * box_columns;
+      if (best.strips == 0 || pixels < best_pixels) {
+        best = {strips, width, box_columns, box_rows, row_tiles};
+        best_pixels = pixels;
+      }
+    }
+  }
+  return best;
+}
+
 Plan plan_of(const ConvWeightGradParams& params) {
   Plan plan;
   const auto three = [](const WindowAxis& axis) { return axis.kernel == kTaps && axis.stride == 1; };
   if (!three(params.row_window) || !three(params.column_window)) return plan;
   const int32_t border_rows = static_cast<int32_t>((kTaps - 1) * params.row_window.dilation);
   const int32_t border_columns = static_cast<int32_t>((kTaps - 1) * params.column_window.dilation);
+  Cut cut{};
+  int32_t cut_rows = -1;
+  int32_t cut_columns = -1;
   for (int32_t i = 0; i < params.grid.rows.patches; ++i) {
     for (int32_t j = 0; j < params.grid.columns.patches; ++j) {
       const AxisWalk rows = forward_axis(params.row_window, params.grid.rows, i);
       const AxisWalk columns = forward_axis(params.column_window, params.grid.columns, j);
       const int32_t out_rows = static_cast<int32_t>(rows.outputs);
       const int32_t out_columns = static_cast<int32_t>(columns.outputs);
-      int64_t best = -1;
-      int32_t best_strips = 0;
-      Strip chosen{};
-      for (int32_t strips = 1; strips <= 8 && strips <= out_columns; ++strips) {
-        const int32_t width = static_cast<int32_t>(ceil_divide(out_columns, strips));
-        for (int32_t box_rows = std::min(out_rows + 1, 64); box_rows >= 1; --box_rows) {
-          int32_t box_columns = width + border_columns;
-          while (box_rows * box_columns % kStepPixels != 0) ++box_columns;
-          const int32_t stage_pixels = (2 * box_rows + border_rows) * box_columns + border_columns;
-          if (box_columns > 256 || box_rows + border_rows > 256 || stage_pixels * kPixelBytes > kStageBytes) continue;
-          const int32_t row_tiles = static_cast<int32_t>(ceil_divide(out_rows, box_rows));
-          const int64_t cost = int64_t{strips} * row_tiles * box_rows * box_columns;
-          if (best < 0 || cost < best) {
-            best = cost;
-            best_strips = strips;
-            chosen = {rows, columns, 0, width, box_columns, box_rows, row_tiles};
-          }
-        }
+      if (out_rows != cut_rows || out_columns != cut_columns) {  // neighbouring patches are mostly alike
+        cut = cut_of(out_rows, out_columns, border_rows, border_columns);
+        cut_rows = out_rows;
+        cut_columns = out_columns;
       }
-      if (best < 0) return {};
-      plan.pixels += best * params.batch;
-      for (int32_t strip = 0; strip < best_strips; ++strip) {
-        Strip next = chosen;
-        next.first_column = strip * chosen.width;
-        next.width = std::min(chosen.width, out_columns - next.first_column);
-        if (next.width > 0) plan.strips.push_back(next);
+      if (cut.strips == 0) return {};
+      plan.pixels += int64_t{cut.strips} * cut.row_tiles * cut.box_rows * cut.box_columns * params.batch;
+      for (int32_t strip = 0; strip < cut.strips; ++strip) {
+        const int32_t first = strip * cut.width;
+        const int32_t width = std::min(cut.width, out_columns - first);
+        if (width <= 0) continue;
+        plan.strips.push_back({rows, columns, first, width, cut.box_columns, cut.box_rows, cut.row_tiles});
       }
     }
   }
