@@ -27,6 +27,10 @@ def negative_zero(build: Build) -> None:
     checks.special_floats(Copies(build.operators.namespace))
 
 
+def few_warps(build: Build) -> None:
+    checks.more_chunks_than_warps(Copies(build.operators.namespace), build.library)
+
+
 def damaged(build: Build) -> None:
     copies = Copies(build.operators.namespace)
     result = checks.foreign_buffer(copies, checks.damage_header(36))
@@ -135,6 +139,31 @@ BUGS = [
             "Vector16 next_mask = load_mask_of(warp + 1);",
         ),
         *(compressed, "prefetch_compressed of .*other bytes"),
+    ),
+    Bug(
+        "decompression: mask fetched ahead of the wrong chunk",
+        *(COMPRESS, COMPRESS, "next_mask = load_mask_of(chunk + warps);", "next_mask = load_mask_of(chunk + 1);"),
+        *(few_warps, "compressed: other bytes"),
+    ),
+    Bug(
+        "decompression: slot taken before every lane has read it",
+        COMPRESS,
+        COMPRESS,
+        "warp_barrier();  // all lanes have read mask and values",
+        "",
+        few_warps,
+        "compressed: other bytes",
+        SEVERAL_SCHEDULES,
+    ),
+    Bug(
+        "copy: stage taken while others still store from it",
+        STRIDED,
+        STRIDED,
+        "warp_barrier();  // before the next chunk takes the stage",
+        "",
+        few_warps,
+        "by one block: other bytes",
+        SEVERAL_SCHEDULES,
     ),
     Bug(
         "decompression: values start anew in every step",

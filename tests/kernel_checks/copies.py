@@ -6,9 +6,11 @@ byte.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -220,6 +222,27 @@ def round_trip(copies: Copies, source: Tensor) -> None:
     back = torch.empty_like(on_device)
     copies.run("prefetch_compressed", buffer, back)
     assert torch.equal(bits(back), bits(source)), f"{source.dtype} compressed: other bytes"
+
+
+def more_chunks_than_warps(copies: Copies, library: Path) -> None:
+    """One block per kernel, so that 16 warps share out 40 chunks and a bit; plainly, in units of 2 and of 16 bytes."""
+    tune = ctypes.CDLL(str(library)).splitkern_tune_copy
+    elements = 40 * CHUNK_BYTES // 2 + 5
+    tune(-1, 1, 1, 1)
+    try:
+        for first in (0, 1):
+            source = values(elements + 1, torch.bfloat16, 0.5)[first : elements + first]
+            round_trip(copies, source)
+            host = copies.host_bytes(2 * elements).view(torch.bfloat16)
+            on_device = copies.device_bytes(2 * elements + 2).view(torch.bfloat16)[first : elements + first]
+            on_device.copy_(source)
+            copies.run("offload", on_device, host, "kernel")
+            assert torch.equal(bits(host), bits(source)), "offload by one block: other bytes"
+            on_device.zero_()
+            copies.run("prefetch", host, on_device, "kernel")
+            assert torch.equal(bits(on_device), bits(source)), "prefetch by one block: other bytes"
+    finally:
+        tune(-1, -1, -1, -1)
 
 
 def every_16_bit_pattern(copies: Copies) -> None:

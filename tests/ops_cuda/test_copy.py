@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import splitkern as sk
 from splitkern import ops
 from tests.kernel_checks import copies as checks
 from tests.kernel_checks.copies import DTYPES, EXPANDED, LAYOUTS, METHODS, Copies
@@ -44,6 +47,10 @@ def test_every_16_bit_pattern(copies: Copies) -> None:
 
 def test_special_floats(copies: Copies) -> None:
     checks.special_floats(copies)
+
+
+def test_more_chunks_than_warps(copies: Copies) -> None:
+    checks.more_chunks_than_warps(copies, Path(sk.build_info().library))
 
 
 def test_large_copies(copies: Copies) -> None:
