@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from torch import Tensor
 from splitkern import _library
 from splitkern._library import forced_path
 from tests.kernel_checks import comparisons, first_principles
-from tests.kernel_checks.cases import GENERATED, NAMED, Case, square
+from tests.kernel_checks.cases import NAMED, Case, square
 from tests.kernel_checks.comparisons import Operators, assert_accurate, random_tensor
+from tests.kernel_checks.sm80 import BORDERS, GENERATED_WIDE, SMALL, TILES, wide
 
-BY_NAME = {case.name: case for case in NAMED}
+STRIDED = next(case for case in NAMED if case.name == "stride 2, 3x3")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LAYOUTS = ["channels_last", "aligned channels_last view"]
 SetDevice = Callable[..., None]
@@ -48,80 +48,34 @@ def device(host_library: Path) -> Iterator[SetDevice]:
     set_device(132, 90, 232448)
 
 
-def wide(case: Case, in_channels: int, out_channels: int, batch: int = 2, groups: int = 1) -> Case:
-    """The case with other channels: the path takes multiples of 16 bytes."""
-    return replace(case, in_channels=in_channels, out_channels=out_channels, batch=batch, groups=groups)
-
-
 def check(operators: Operators, case: Case, dtype: torch.dtype, layout: str, activation: str = "none") -> None:
     comparisons.conv2d(operators, case, dtype, layout, activation, tf32=dtype == torch.float32)
 
 
-GEOMETRIES = [
-    "one patch",
-    "one pixel",
-    "one pixel, padded 3x3",
-    "uneven 2x2",
-    "stride 2, 3x3",
-    "stride 2, kernel 2: exact",
-    "stride 3, kernel 2: gaps",
-    "stride 2, kernel 1",
-    "dilation 2",
-    "dilation 3, stride 2",
-    "negative padding crops",
-    "wide end padding",
-    "windows that see nothing",
-    "bounds outside the intervals",
-    "rectangular window",
-    "5x3 patches",
-]
-# One vector, tails of a stage, several stages.
-CHANNELS = [(8, 16), (16, 8), (24, 8), (40, 24), (8, 40)]
-
-
 @pytest.mark.parametrize(
-    ("name", "channels", "dtype", "layout"),
-    [
-        (name, CHANNELS[i % len(CHANNELS)], DTYPES[i % len(DTYPES)], LAYOUTS[i // 3 % len(LAYOUTS)])
-        for i, name in enumerate(GEOMETRIES)
-    ],
+    ("case", "dtype", "layout"),
+    [(case, DTYPES[i % 3], LAYOUTS[i // 3 % 2]) for i, case in enumerate([*SMALL, *GENERATED_WIDE])],
     ids=lambda value: str(value).removeprefix("torch."),
 )
-def test_geometries(
-    operators: Operators, name: str, channels: tuple[int, int], dtype: torch.dtype, layout: str
-) -> None:
-    check(operators, wide(BY_NAME[name], *channels, batch=1 + len(name) % 2), dtype, layout)
+def test_geometries(operators: Operators, case: Case, dtype: torch.dtype, layout: str) -> None:
+    check(operators, case, dtype, layout)
 
 
-@pytest.mark.parametrize("index", range(0, len(GENERATED), 2))
-def test_generated_geometries(operators: Operators, index: int) -> None:
-    case = GENERATED[index]
-    chosen = wide(case, 8 * case.in_channels, 8 * case.groups, batch=case.batch, groups=case.groups)
-    check(operators, chosen, DTYPES[index // 2 % 3], LAYOUTS[index // 4 % 2])
-
-
-# 126 output pixels are two tiles of 64 or one of 128, whose rows span images; the last stages are part full.
 @each_type
-@pytest.mark.parametrize(
-    ("kernel", "in_channels", "out_channels"),
-    [(3, 72, 72), (3, 40, 40), (1, 40, 72), (1, 72, 136)],
-    ids=["128x128", "128x64 and, of the weight, 64x128", "128x64 of the weight", "several tiles"],
-)
-def test_tiles(operators: Operators, dtype: torch.dtype, kernel: int, in_channels: int, out_channels: int) -> None:
-    bounds = (0, 4, 9), (0, 5, 7)
-    case = Case("tile", square(kernel, 1, kernel // 2, 1, *bounds, *bounds), 2, in_channels, out_channels)
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_tiles(operators: Operators, case: Case, dtype: torch.dtype) -> None:
     check(operators, case, dtype, "aligned channels_last view")
 
 
 @each_type
 def test_relu(operators: Operators, dtype: torch.dtype) -> None:
-    check(operators, wide(BY_NAME["uneven 2x2"], 16, 24), dtype, "channels_last", activation="relu")
+    check(operators, wide(BORDERS, 16, 24), dtype, "channels_last", activation="relu")
 
 
 @each_type
 @pytest.mark.parametrize("groups", [2, 3])
 def test_groups(operators: Operators, dtype: torch.dtype, groups: int) -> None:
-    check(operators, wide(BY_NAME["stride 2, 3x3"], 8 * groups, 16 * groups, groups=groups), dtype, "channels_last")
+    check(operators, wide(STRIDED, 8 * groups, 16 * groups, groups=groups), dtype, "channels_last")
 
 
 @each_type
@@ -144,7 +98,7 @@ def geometry_of(case: Case) -> list[Any]:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_any_number_of_results(operators: Operators, dtype: torch.dtype, channels: int, groups: int) -> None:
     """Only the channels of the reduction must fill vectors, and weights may have any strides."""
-    case = wide(BY_NAME["uneven 2x2"], 8 * groups, channels * groups, groups=groups)
+    case = wide(BORDERS, 8 * groups, channels * groups, groups=groups)
     g = case.geometry
     generator = torch.Generator().manual_seed(21)
     tf32 = dtype == torch.float32

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.kernel_checks.cases import Case, even, square
 from tests.kernel_checks.first_principles import Geometry
 
-GEMM_TILES = range(7)
+GEMM_TILES = range(8)
 WEIGHT_GRAD_TILES = range(7)
 
 _3X3 = square(3, 1, 1, 1, (0, 4, 9), (0, 5, 7), (0, 4, 9), (0, 5, 7))

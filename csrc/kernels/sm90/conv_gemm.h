@@ -36,7 +36,7 @@ inline constexpr GemmTile kGemmTiles[] = {
     {128, 256, false, 4, 2, 1203, 3860, 1}, {256, 128, true, 4, 2, 1230, 2900, 1},
     {192, 128, true, 4, 1, 924, 2140, 1},   {128, 128, true, 6, 1, 605, 2250, 2},
     {128, 256, false, 3, 1, 1250, 3000, 0}, {256, 64, true, 4, 1, 724, 1400, 1},
-    {256, 128, true, 3, 1, 1280, 2500, 0},
+    {256, 128, true, 3, 1, 1280, 2500, 0},  {96, 128, true, 7, 1, 500, 2000, 2},
 };
 inline constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 
