@@ -151,8 +151,8 @@ BUGS = [
         COMPRESS,
         "warp_barrier();  // all lanes have read mask and values",
         "",
-        few_warps,
-        "compressed: other bytes",
+        compressed,
+        "prefetch_compressed of .*other bytes",
         SEVERAL_SCHEDULES,
     ),
     Bug(

@@ -1,4 +1,4 @@
-// Instances of the gathering matrix product and the choice among its tiles. Called by conv.cu.
+// Instances of the gathering matrix product and the choice among its tiles. Called by gather_paths.cu.
 #include "gather_kernel.h"
 
 #include "launching.h"

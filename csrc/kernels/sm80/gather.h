@@ -1,4 +1,4 @@
-// Parameters and launch of the gathering matrix product (gather_kernel.h), filled by conv.cu.
+// Parameters and launch of the gathering matrix product (gather_kernel.h), filled by gather_paths.cu.
 // One struct serves both passes: the forward gathers inputs, the input gradient gathers output gradients.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The matrix product behind the forward pass and the input gradient: each destination pixel gathers, tap by tap,
-// the source pixels that its patch holds. Launched by conv.cu through gather.h; instantiated in gather.cu.
+// the source pixels that its patch holds. Launched by gather_paths.cu through gather.h; instantiated in gather.cu.
 // A tile is a run of destination pixels, linear over (image, row, column) of the whole call: patch borders only
 // switch taps off, pixel by pixel, so there are no tails at them. Weights: [group][channel][tap][source channel].
 #pragma once

@@ -1,6 +1,6 @@
 // Weight gradient of the sm_80 path, stage one: output channels x (taps x input channels) of one group, summed over
-// a fixed share of all output pixels of the call. Launched by weight_grad.cu; weight_grad.cu adds the
-// shares. Takes ConvWeightGradParams with `segments` shares and fp32 `partial_sums`.
+// a fixed share of all output pixels of the call. Launched by weight_grad.cu, which then adds the shares.
+// Takes ConvWeightGradParams with `segments` shares and fp32 `partial_sums`.
 #pragma once
 
 #include "../plain/geometry.h"
@@ -226,7 +226,7 @@ __global__ void weight_grad_kernel(const __grid_constant__ ConvWeightGradParams 
         copy_async<kVectorBytes>(stage.input + pixel_row_offset<Tile, Tile::kColumns>(p, input_vector),
                                  valid ? input + pixel.input_bytes : params.input, valid);
       }
-      // The other half of the table was last read one issue ago or more, and a barrier lies between any two.
+      // Its half of the table was last read two issues ago, with a barrier since; it is first read behind another one.
       if (stage_in_group == 1 && pixel_group + 1 < group_count) find_pixels(pixel_group + 1);
       ++issued;
     }
