@@ -144,7 +144,7 @@ def test_more_than_2_31_elements(path: str) -> None:
 
     def grown(corner: torch.Tensor) -> torch.Tensor:
         size = (1, corner.shape[1], side, side)
-        parent = torch.zeros(size, dtype=corner.dtype, device="cuda", memory_format=format)
+        parent = torch.empty(size, dtype=corner.dtype, device="cuda", memory_format=format).zero_()
         parent[..., -tail:, -tail:] = corner
         return parent
 
