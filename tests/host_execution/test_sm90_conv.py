@@ -34,6 +34,14 @@ def test_bias_and_relu(operators: Operators) -> None:
     comparisons.conv2d(operators, BY_NAME["channel tails"], torch.bfloat16, "channels_last", activation="relu")
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "aligned channels_last view"])
+@pytest.mark.parametrize("name", ["even 2x2", "even 1x4", "even, stride 2"])
+def test_equal_patches_as_one_problem(operators: Operators, host_library: Path, name: str, layout: str) -> None:
+    """All patches of a whole tensor are one problem, of a view those of a row."""
+    with tuned(host_library, window=0):
+        comparisons.conv2d(operators, BY_NAME[name], torch.bfloat16, layout)
+
+
 @pytest.mark.parametrize("tile", GEMM_TILES)
 def test_every_tile_of_forward_and_input_gradient(operators: Operators, host_library: Path, tile: int) -> None:
     with tuned(host_library, gemm_tile=tile):

@@ -38,6 +38,9 @@ SMALL = [
         Geometry((3, 1), (2, 1), (1, 0), (1, 1), (0, 4, 9), (0, 3, 5), (0, 2, 5), (0, 3, 5)),
         *(2, 8, 8),
     ),
+    Case("even 2x2", square(3, 1, 1, 1, even(8, 2), even(6, 2), even(8, 2), even(6, 2)), 3, 16, 24),
+    Case("even 1x4", square(3, 1, 1, 1, (0, 5), even(12, 4), (0, 5), even(12, 4)), 2, 16, 8),
+    Case("even, stride 2", square(3, 2, 1, 1, even(8, 2), even(12, 2), even(4, 2), even(6, 2)), 2, 8, 16),
     Case("5x3 patches", square(3, 1, 1, 1, even(17, 5), even(11, 3), even(17, 5), even(11, 3)), 1, 8, 8),
 ]
 
