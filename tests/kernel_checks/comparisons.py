@@ -32,6 +32,10 @@ class Operators:
         """The tensor on the device with the same strides, so that every layout is seen there too."""
         if self.device == "cpu":
             return tensor
+        expanded = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        if any(expanded):  # one element behind many, which a copy must not be written over
+            once = tensor[tuple(slice(1) if wide else slice(None) for wide in expanded)]
+            return self.move(once).expand(tensor.shape)
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         flat = torch.zeros(max(extent, 0) if tensor.numel() else 0, dtype=tensor.dtype, device=self.device)
         moved = flat.as_strided(tensor.shape, tensor.stride())
