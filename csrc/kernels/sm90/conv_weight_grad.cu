@@ -131,7 +131,7 @@ std::vector<Part> parts_of(const ConvWeightGradParams& params, int32_t pixels_pe
 
 // The tile and the segments with the least predicted time: whole waves of items, beside them what is moved to and from
 // memory, then what writing, reading and adding the partial sums costs. Fitted to the same measurements as the tiles.
-Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
+Plan make_plan(const ConvWeightGradParams& params, int32_t multiprocessors) {
   constexpr double kL2BytesPerCycle = 48;        // of one multiprocessor, all of them reading
   constexpr double kCyclesPerItem = 2000;        // filling the pipeline and writing the sums
   constexpr double kReduceBytesPerCycle = 1590;  // of the whole device
@@ -192,6 +192,42 @@ Plan plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
                              std::to_string(tuning().weight_grad_tile));
   }
   return best;
+}
+
+bool same_axis(const WindowAxis& a, const WindowAxis& b) {
+  return a.kernel == b.kernel && a.stride == b.stride && a.padding == b.padding && a.dilation == b.dilation;
+}
+bool same_bounds(const AxisPatches& a, const AxisPatches& b) {
+  return a.patches == b.patches && std::equal(a.in_bounds, a.in_bounds + a.patches + 1, b.in_bounds) &&
+         std::equal(a.out_bounds, a.out_bounds + a.patches + 1, b.out_bounds);
+}
+
+// make_plan; a call asks several times for the same plan, so each thread remembers its last one.
+const Plan& plan_of(const ConvWeightGradParams& params, int32_t multiprocessors) {
+  struct Last {
+    ConvWeightGradParams params{};
+    int32_t multiprocessors = 0;
+    int32_t tile = -1;
+    int32_t segments = -1;
+    Plan plan{};
+  };
+  static thread_local Last last;
+  const ConvWeightGradParams& before = last.params;
+  const bool same =
+      last.multiprocessors == multiprocessors && last.tile == tuning().weight_grad_tile &&
+      last.segments == tuning().weight_grad_segments && before.batch == params.batch &&
+      before.out_channels == params.out_channels && before.in_channels_per_group == params.in_channels_per_group &&
+      same_axis(before.row_window, params.row_window) && same_axis(before.column_window, params.column_window) &&
+      same_bounds(before.grid.rows, params.grid.rows) && same_bounds(before.grid.columns, params.grid.columns);
+  if (!same) {
+    last.multiprocessors = 0;  // nothing to remember where make_plan throws
+    last.plan = make_plan(params, multiprocessors);
+    last.params = params;
+    last.tile = tuning().weight_grad_tile;
+    last.segments = tuning().weight_grad_segments;
+    last.multiprocessors = multiprocessors;
+  }
+  return last.plan;
 }
 
 void launch_part(const ConvWeightGradParams& params, const Plan& plan, const Part& part, float* partial_sums,
@@ -291,7 +327,7 @@ int64_t workspace_bytes(const ConvWeightGradParams& params, const DeviceTraits& 
 
 void launch(const ConvWeightGradParams& params, const DeviceTraits& traits, void* workspace, cudaStream_t stream) {
   if (takes_window_kernel(params, traits)) return launch_window_weight_grad(params, traits, workspace, stream);
-  const Plan plan = plan_of(params, traits.multiprocessors);
+  const Plan& plan = plan_of(params, traits.multiprocessors);
   const int64_t weights = static_cast<int64_t>(params.out_channels) * taps_of(params) * params.in_channels_per_group;
   float* partial_sums = static_cast<float*>(workspace);
   for (const Part& part : plan.parts) {
