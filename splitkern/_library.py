@@ -94,8 +94,13 @@ _tf32_query = _Tf32Query(_allows_tf32)  # the library keeps its address, so it l
 def load() -> BuildInfo:
     """Loads the library, once, and returns what it says of itself; ImportError names the file and the reason."""
     info = _load(_LIBRARY)
-    register = getattr(ctypes.CDLL(info.library), "splitkern_set_tf32_query", None)
-    if register is not None:  # a CPU-only build has no kernels that could ask
+    if info.cuda_compiler is not None:  # a CPU-only build has no kernels that could ask
+        register = getattr(ctypes.CDLL(info.library), "splitkern_set_tf32_query", None)
+        if register is None:
+            raise ImportError(
+                f"splitkern: the native library {info.library} is older than the Python package; {_REBUILD}",
+                path=info.library,
+            )
         register(_tf32_query)
     return info
 

@@ -5,6 +5,7 @@ The tests that build (a configuration, a wheel) need the source tree and the bui
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 from elftools.elf.elffile import ELFFile
 
 import splitkern as sk
+from splitkern import _library
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
@@ -208,6 +210,13 @@ def test_a_library_of_something_else_is_refused(package_copy: Path):
     message = import_in(package_copy).stderr.splitlines()[-1]
     assert message.startswith("ImportError: splitkern: the native library")
     assert "undefined symbol: splitkern_build_info" in message
+
+
+def test_a_library_from_before_the_tf32_query_is_refused(monkeypatch: pytest.MonkeyPatch):
+    older = dataclasses.replace(sk.build_info(), library=str(TORCH / "lib" / "libc10.so"), cuda_compiler="nvcc 13.0.88")
+    monkeypatch.setattr(_library, "_load", lambda path: older)
+    with pytest.raises(ImportError, match=r"libc10\.so is older than the Python package; rebuild it"):
+        _library.load.__wrapped__()
 
 
 # --- Configuring: which toolkit is taken -----------------------------------------------------------------------------
