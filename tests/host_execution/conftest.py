@@ -44,11 +44,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def schedule(request: pytest.FixtureRequest) -> None:
-    """Every test sees the same order of threads, whatever ran before it."""
+def machine(request: pytest.FixtureRequest) -> None:
+    """Every test sees the same device and the same order of threads, whatever ran before it."""
     if {"operators", "host_library"} & set(request.fixturenames):
-        library: Path = request.getfixturevalue("host_library")
-        ctypes.CDLL(str(library)).splitkern_host_set_schedule(ctypes.c_uint64(1))
+        library = ctypes.CDLL(str(request.getfixturevalue("host_library")))
+        library.splitkern_host_set_schedule(ctypes.c_uint64(1))
+        library.splitkern_host_set_device(ctypes.c_int32(90), ctypes.c_int32(132), ctypes.c_int64(232448))
 
 
 @pytest.fixture(scope="session")

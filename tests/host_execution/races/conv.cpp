@@ -1,4 +1,5 @@
 // Every convolution path under the race check, all three operators, two uneven patches per axis.
+#include "kernels/sm90/conv.h"
 #include "kernels/conv_paths.h"
 #include "tensors.h"
 
@@ -21,6 +22,7 @@ struct Conv {
   int32_t stride;
   int32_t extent = 9;
   int32_t batch = 2;
+  bool window = false;  // of the Hopper path: a whole window's pixels in shared memory
 };
 
 struct Call {
@@ -44,6 +46,7 @@ struct Call {
         bias(c.type, 1, c.out_channels, 1, 1, 4) {
     grid.rows = grid.columns = races::two_patches(c.extent, outputs(c), window);
     check::require(splitkern_force_path(c.path) == 0, "no such path");
+    sm90::tuning().window = c.window ? 1 : 0;
     splitkern_host_set_device(90, 4, 232448);  // few blocks, each with several tiles
   }
 
@@ -132,6 +135,8 @@ constexpr Conv kTensorCoresTf32{"sm80", kSingle, 20, 36, 1, 3, 1};
 constexpr Conv kHopper{"sm90", kBrain, 72, 136, 1, 3, 1};
 constexpr Conv kHopperNarrow{"sm90", kHalf, 64, 64, 1, 3, 2};
 constexpr Conv kHopperPointwise{"sm90", kBrain, 64, 256, 1, 1, 1};
+constexpr Conv kHopperWindow{"sm90", kBrain, 72, 136, 1, 3, 1, 9, 2, true};
+constexpr Conv kHopperResident{"sm90", kHalf, 24, 40, 1, 3, 1, 48, 1, true};
 
 CHECK_NAMED(plain_forward, "plain forward") {
   forward(kPlain);
@@ -228,6 +233,24 @@ CHECK_NAMED(sm90_pointwise_input, "sm90 pointwise input gradient") {
 }
 CHECK_NAMED(sm90_pointwise_weight, "sm90 pointwise weight gradient") {
   weight_grad(kHopperPointwise);
+}
+CHECK_NAMED(sm90_window_forward, "sm90 window forward") {
+  forward(kHopperWindow);
+}
+CHECK_NAMED(sm90_window_input, "sm90 window input gradient") {
+  input_grad(kHopperWindow);
+}
+CHECK_NAMED(sm90_window_weight, "sm90 window weight gradient") {
+  weight_grad(kHopperWindow);
+}
+CHECK_NAMED(sm90_resident_forward, "sm90 resident window forward") {
+  forward(kHopperResident);
+}
+CHECK_NAMED(sm90_resident_input, "sm90 resident window input gradient") {
+  input_grad(kHopperResident);
+}
+CHECK_NAMED(sm90_resident_weight, "sm90 resident window weight gradient") {
+  weight_grad(kHopperResident);
 }
 
 }  // namespace
