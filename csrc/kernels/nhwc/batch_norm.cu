@@ -2,8 +2,8 @@
 // block takes a fixed share of the pixels of one patch for up to 128 bytes of channels: its threads keep the channels'
 // parameters or sums in registers and walk over pixels; lanes, blocks and segments are then merged in a fixed order.
 // Every kernel reads and writes each element once.
-#include "../budgets.h"
 #include "../batch_norm_arithmetic.h"
+#include "../budgets.h"
 #include "../dispatch.h"
 #include "fast_divisor.h"
 #include "nhwc.h"
