@@ -503,10 +503,19 @@ Tensor new_statistics(const Tensor& like, const BatchNormCall& call) {
   return new_strided(like, size.data(), strides.data(), 2, call.statistics_type);
 }
 
+void check_written(const char* operation, const char* argument, const Tensor& tensor) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    STD_TORCH_CHECK(tensor.size(dim) < 2 || tensor.stride(dim) != 0, operation, ": ", argument,
+                    " must not hold one place several times, got stride 0 in dimension ", dim, " of extent ",
+                    tensor.size(dim));
+  }
+}
+
 void check_output(const char* operation, const char* argument, const Tensor& output, const Tensor& like,
                   const Sizes& size, ScalarType type) {
   check_shape(operation, argument, output, size);
   check_type(operation, argument, output, type);
+  check_written(operation, argument, output);
   STD_TORCH_CHECK(output.device() == like.device(), operation, ": ", argument, " must be on the device of the inputs ",
                   device_name(like), ":", like.get_device_index(), ", got ", device_name(output), ":",
                   output.get_device_index());

@@ -152,6 +152,9 @@ Tensor new_contiguous(const Tensor& like, const Sizes& size, ScalarType type);
 Tensor new_flat(const Tensor& like, int64_t elements, ScalarType type);
 Tensor new_statistics(const Tensor& like, const BatchNormCall& call);
 
+// Writing one place several times would leave what the order of the writes decides.
+void check_written(const char* operation, const char* argument, const Tensor& tensor);
+
 // A tensor given to write to has this shape and type and lies on `like`'s device; any strides.
 void check_output(const char* operation, const char* argument, const Tensor& output, const Tensor& like,
                   const Sizes& size, ScalarType type);

@@ -35,15 +35,6 @@ void check_host(const char* operation, const char* argument, const Tensor& host)
                   host.is_cuda() ? "cuda:" : "device ", host.get_device_index());
 }
 
-// Writing one place several times would leave what the order of the writes decides.
-void check_written(const char* operation, const Tensor& dst) {
-  for (int64_t dim = 0; dim < dst.dim(); ++dim) {
-    STD_TORCH_CHECK(dst.size(dim) < 2 || dst.stride(dim) != 0, operation,
-                    ": dst must not hold one place several times, got stride 0 in dimension ", dim, " of shape ",
-                    show_shape(dst));
-  }
-}
-
 kernels::CopyWalk check_copy(const char* operation, const Tensor& src, const Tensor& dst, const Tensor& host,
                              const Tensor& device) {
   STD_TORCH_CHECK(src.scalar_type() == dst.scalar_type(), operation, ": dst must have src's type ", name_of(src),
@@ -51,7 +42,7 @@ kernels::CopyWalk check_copy(const char* operation, const Tensor& src, const Ten
   bool same_shape = src.dim() == dst.dim();
   for (int64_t dim = 0; same_shape && dim < src.dim(); ++dim) same_shape = src.size(dim) == dst.size(dim);
   STD_TORCH_CHECK(same_shape, operation, ": dst must have src's shape ", show_shape(src), ", got ", show_shape(dst));
-  check_written(operation, dst);
+  check_written(operation, "dst", dst);
 
   if (src.numel() == 0) return {};
   const int64_t element_size = src.element_size();
@@ -192,7 +183,7 @@ kernels::CompressParams check_offload_compressed(const Tensor& src, const Tensor
 
 kernels::CompressParams check_prefetch_compressed(const Tensor& src, const Tensor& dst) {
   check_defined(kPrefetchCompressed, src, dst);
-  check_written(kPrefetchCompressed, dst);
+  check_written(kPrefetchCompressed, "dst", dst);
   return check_compressed(kPrefetchCompressed, dst, "dst", src, "src");
 }
 

@@ -245,6 +245,8 @@ def _report(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"{args.file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{args.file} is not a record of splitkern bench or make gpu-evidence ({error!r})") from error
+        raise UserError(
+            f"{args.file} must be a file of splitkern bench conv, pool or copy, or of make gpu-evidence, and is none"
+        ) from error
     print("\n\n".join(texts) or "no benchmark has been measured")
     return 0

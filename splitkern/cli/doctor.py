@@ -271,13 +271,14 @@ def _explain(text: str, architecture: str | None, as_json: bool) -> int:
         print(json.dumps(answer, indent=2))
         return 0
     print(f"on {device.name}, {device.multiprocessors} multiprocessors")
+    width = max(len(one.operation) for one in found) + 2
     for one in found:
         because, *others = one.reason.split("; not ")
-        print(f"{one.operation:<12}{because}")
+        print(f"{one.operation:<{width}}{because}")
         for other in others:
-            print(f"{'':<12}  not {other}")
+            print(f"{'':<{width}}  not {other}")
         if one.workspace_bytes:
-            print(f"{'':<12}  workspace {mib(one.workspace_bytes)}")
+            print(f"{'':<{width}}  workspace {mib(one.workspace_bytes)}")
     return 0
 
 

@@ -389,7 +389,7 @@ def test_pool_command(on_the_cpu: None, capsys: pytest.CaptureFixture[str]) -> N
         (["pool", "--grids", "2"], "must be ROWSxCOLUMNS"),
         (["copy", "--layers", "x*"], "no copy matches 'x*'"),
         (["report", "nowhere.json"], "nowhere.json cannot be read: No such file"),
-        (["report", __file__], "is not a record"),
+        (["report", __file__], "must be a file of splitkern bench conv, pool or copy"),
     ],
 )
 def test_errors_are_one_line(

@@ -36,6 +36,19 @@ def test_an_empty_batch(operators: Operators, layout: str) -> None:
     comparisons.conv2d(operators, case, torch.bfloat16, layout)
 
 
+def test_a_last_run_of_one_column_at_an_unaligned_place(operators: Operators) -> None:
+    """65 patches in a row are two launches; the second begins where no tensor map can."""
+    starts = [0, *range(2, 66), 66]
+    generator = torch.Generator().manual_seed(12)
+    parent = torch.randn(1, 4, 66, 12, generator=generator).half()
+    image = parent.permute(0, 3, 1, 2)[:, :8]  # columns 12 elements apart
+    weight = torch.randn(8, 8, 1, 1, generator=generator).half()
+    window = [[1, 1], [0, 0], [1, 1], 1, [0, 4], starts, [0, 4], starts]
+    output = operators.namespace.patch_conv2d(image, weight, None, *window, "none")
+    expected = torch.nn.functional.conv2d(image.double(), weight.double())
+    assert comparisons.relative_error(output, expected) < 1e-3
+
+
 WINDOW = [[1, 1], [0, 0], [1, 1], 1, [0, 2**20], [0, 2**20], [0, 2**20], [0, 2**20]]
 
 
@@ -55,7 +68,7 @@ def test_a_workspace_that_does_not_fit_names_the_operator(operators: Operators) 
     ops = operators.namespace
     grad_output = torch.ones(1, 1, 1, 1).expand(1, 2**20, 1, 1)
     image = torch.ones(1, 1, 1, 1).expand(1, 2**20, 1, 1)
-    output = torch.ones(1, 1, 1, 1).expand(2**20, 2**20, 1, 1)
+    output = torch.ones(2**21).as_strided((2**20, 2**20, 1, 1), (1, 1, 1, 1))
     one = [[1, 1], [0, 0], [1, 1], 1, [0, 1], [0, 1], [0, 1], [0, 1]]
     with pytest.raises(RuntimeError, match=r"splitkern::patch_conv2d_weight_grad.*out of memory: "):
         ops.patch_conv2d_weight_grad.out(grad_output, image, [2**20, 2**20, 1, 1], *one, False, output=output)

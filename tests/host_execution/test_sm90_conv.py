@@ -66,3 +66,13 @@ def test_window_kernels(operators: Operators, host_library: Path, case: Case) ->
 def test_window_kernels_with_bias_and_relu(operators: Operators, host_library: Path, case: Case) -> None:
     with tuned(host_library, window=1):
         comparisons.conv2d(operators, case, torch.bfloat16, "channels_last", activation="relu")
+
+
+def test_window_weight_gradient_ignores_inputs_that_no_window_reads(operators: Operators, host_library: Path) -> None:
+    image = torch.ones(1, 8, 6, 10).half().contiguous(memory_format=torch.channels_last)
+    image[:, 3, :, 6:] = float("inf")
+    gradient = torch.ones(1, 8, 4, 4).half().contiguous(memory_format=torch.channels_last)
+    window = [[1, 1], [0, 0], [1, 1], 1, [0, 6], [0, 10], [0, 4], [0, 4]]
+    with tuned(host_library, window=1):
+        found = operators.namespace.patch_conv2d_weight_grad(gradient, image, [8, 8, 3, 3], *window)
+    assert torch.equal(found, torch.full_like(found, 16.0))

@@ -374,3 +374,14 @@ def test_compile_reports_the_refusal() -> None:
     )
     with pytest.raises(Exception, match="in_rows must end at the input height 9"):
         compiled(x, w)
+
+
+def test_an_output_that_holds_one_place_several_times_is_refused() -> None:
+    output = torch.zeros(1).expand(1, 4, 8, 8)
+    window = [[1, 1], [0, 0], [1, 1], 1, [0, 8], [0, 8], [0, 8], [0, 8]]
+    with pytest.raises(
+        RuntimeError, match="patch_conv2d: output must not hold one place several times, got stride 0 in"
+    ):
+        torch.ops.splitkern.patch_conv2d.out(
+            torch.ones(1, 4, 8, 8), torch.ones(4, 4, 1, 1), None, *window, "none", output=output
+        )

@@ -37,14 +37,12 @@ std::string refusal(const ConvInputGradParams& params, const DeviceTraits& trait
   }
   if (reason.empty()) {
     reason =
-        tensor_refusal("gradient", params.grad_output, out_channels_of(params),
-                       columns.out_bounds[columns.patches] - columns.out_bounds[0],
-                       rows.out_bounds[rows.patches] - rows.out_bounds[0], params.batch, params.grad_output_strides);
+        tensor_refusal("gradient", params.grad_output, out_channels_of(params), columns.out_bounds[columns.patches],
+                       rows.out_bounds[rows.patches], params.batch, params.grad_output_strides);
   }
   if (reason.empty()) {
-    reason = tensor_refusal("output", params.output, params.in_channels,
-                            columns.in_bounds[columns.patches] - columns.in_bounds[0],
-                            rows.in_bounds[rows.patches] - rows.in_bounds[0], params.batch, params.output_strides);
+    reason = tensor_refusal("output", params.output, params.in_channels, columns.in_bounds[columns.patches],
+                            rows.in_bounds[rows.patches], params.batch, params.output_strides);
   }
   if (!reason.empty()) return reason;
   const std::vector<AxisWalk> row_walks = walks(params.row_window, rows);

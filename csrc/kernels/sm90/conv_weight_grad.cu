@@ -295,15 +295,12 @@ std::string refusal(const ConvWeightGradParams& params, const DeviceTraits& trai
   if (reason.empty()) reason = type_refusal(params.type);
   if (reason.empty()) reason = groups_refusal(params.out_channels, params.out_channels_per_group);
   if (reason.empty()) {
-    reason =
-        tensor_refusal("gradient", params.grad_output, params.out_channels,
-                       columns.out_bounds[columns.patches] - columns.out_bounds[0],
-                       rows.out_bounds[rows.patches] - rows.out_bounds[0], params.batch, params.grad_output_strides);
+    reason = tensor_refusal("gradient", params.grad_output, params.out_channels, columns.out_bounds[columns.patches],
+                            rows.out_bounds[rows.patches], params.batch, params.grad_output_strides);
   }
   if (reason.empty()) {
-    reason = tensor_refusal("input", params.input, params.in_channels_per_group,
-                            columns.in_bounds[columns.patches] - columns.in_bounds[0],
-                            rows.in_bounds[rows.patches] - rows.in_bounds[0], params.batch, params.input_strides);
+    reason = tensor_refusal("input", params.input, params.in_channels_per_group, columns.in_bounds[columns.patches],
+                            rows.in_bounds[rows.patches], params.batch, params.input_strides);
   }
   for (int32_t i = 0; i < rows.patches && reason.empty(); ++i) {
     reason = walk_refusal(forward_axis(params.row_window, rows, i), "rows");

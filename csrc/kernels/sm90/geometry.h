@@ -106,8 +106,8 @@ inline std::string walk_refusal(const AxisWalk& walk, const char* axis) {
 
 inline constexpr int64_t kElementBytes = 2;
 
-// Why a tensor of these extents and element strides (channels contiguous) has no tensor map, or empty.
-// Strides of extents of 1 are free.
+// Why a tensor up to these positions (a run of patches may begin further in) and of these element strides (channels
+// contiguous) has no tensor map, or empty. Strides of extents of 1 are free.
 inline std::string tensor_refusal(const char* name, const void* base, int64_t channels, int64_t columns, int64_t rows,
                                   int64_t images, const Strides4& strides) {
   const std::string prefix = std::string("the ") + name;

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kReduceThreads) partial_sums_kernel(const __gr
                            (column - column_tile * tile_columns);
 #pragma unroll 4
     for (int64_t block = first + group; block <= last; block += kGroups) {
-      const Vector16 value = load_global<Vector16>(partial + (block + tile) * slot_elements);
+      const Vector16 value = load_global_streaming<Vector16>(partial + (block + tile) * slot_elements);
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] += bits_float(value.words[i]);
     }

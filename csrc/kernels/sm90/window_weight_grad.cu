@@ -3,8 +3,9 @@
 // multiplies the gradients with the same inputs r rows and s columns further on. Warpgroup r takes kernel row r; its
 // three taps are one product of 192 columns, whose blocks of 64 columns begin one pixel apart in shared memory.
 // Both boxes have the same row length, so that one run over a box's pixels is the reduction: in the columns beyond a
-// patch the gradients are zeros of the loads, and what the inputs hold there does not count (but for infinities and
-// NaNs, which the sum then shows; those of other pixels' inputs would be in the gradient of the same channels anyway).
+// patch the gradients are zeros of the loads, and what the inputs hold there does not count, if it is finite. It is the
+// next row's inputs, or zeros: the maps end where the windows do, and all boxes of a launch are alike, so that nothing
+// is ever left behind a box. An infinity or NaN that some window reads may therefore reach every tap of its channel.
 #include "window_weight_grad.h"
 
 #include <algorithm>
@@ -232,33 +233,41 @@ Cut cut_of(int32_t out_rows, int32_t out_columns, int32_t border_rows, int32_t b
   return best;
 }
 
+std::vector<AxisWalk> walks_of(const WindowAxis& window, const AxisPatches& patches) {
+  std::vector<AxisWalk> walks;
+  for (int32_t patch = 0; patch < patches.patches; ++patch) walks.push_back(forward_axis(window, patches, patch));
+  return walks;
+}
+
+// Positions of the patch that its windows can read, from its first on.
+int64_t read_extent(const AxisWalk& walk) {
+  const int64_t end = walk.lower + walk.outputs + (kTaps - 1) * walk.offset_step;
+  return std::clamp<int64_t>(end, 1, walk.operand_extent);
+}
+
 Plan plan_of(const ConvWeightGradParams& params) {
   Plan plan;
   const auto three = [](const WindowAxis& axis) { return axis.kernel == kTaps && axis.stride == 1; };
   if (!three(params.row_window) || !three(params.column_window)) return plan;
   const int32_t border_rows = static_cast<int32_t>((kTaps - 1) * params.row_window.dilation);
   const int32_t border_columns = static_cast<int32_t>((kTaps - 1) * params.column_window.dilation);
-  Cut cut{};
-  int32_t cut_rows = -1;
-  int32_t cut_columns = -1;
-  for (int32_t i = 0; i < params.grid.rows.patches; ++i) {
-    for (int32_t j = 0; j < params.grid.columns.patches; ++j) {
-      const AxisWalk rows = forward_axis(params.row_window, params.grid.rows, i);
-      const AxisWalk columns = forward_axis(params.column_window, params.grid.columns, j);
-      const int32_t out_rows = static_cast<int32_t>(rows.outputs);
-      const int32_t out_columns = static_cast<int32_t>(columns.outputs);
-      if (out_rows != cut_rows || out_columns != cut_columns) {  // neighbouring patches are mostly alike
-        cut = cut_of(out_rows, out_columns, border_rows, border_columns);
-        cut_rows = out_rows;
-        cut_columns = out_columns;
-      }
-      if (cut.strips == 0) return {};
-      plan.pixels += int64_t{cut.strips} * cut.row_tiles * cut.box_rows * cut.box_columns * params.batch;
-      for (int32_t strip = 0; strip < cut.strips; ++strip) {
-        const int32_t first = strip * cut.width;
-        const int32_t width = std::min(cut.width, out_columns - first);
-        if (width <= 0) continue;
-        plan.strips.push_back({rows, columns, first, width, cut.box_columns, cut.box_rows, cut.row_tiles});
+  const auto longest = [](const std::vector<AxisWalk>& walks) {
+    int64_t outputs = 0;
+    for (const AxisWalk& walk : walks) outputs = std::max(outputs, walk.outputs);
+    return static_cast<int32_t>(outputs);
+  };
+  const std::vector<AxisWalk> row_walks = walks_of(params.row_window, params.grid.rows);
+  const std::vector<AxisWalk> column_walks = walks_of(params.column_window, params.grid.columns);
+  // One box for all patches: see above.
+  const Cut cut = cut_of(longest(row_walks), longest(column_walks), border_rows, border_columns);
+  if (cut.strips == 0) return plan;
+  for (const AxisWalk& rows : row_walks) {
+    for (const AxisWalk& columns : column_walks) {
+      const int32_t row_tiles = static_cast<int32_t>(ceil_divide(rows.outputs, cut.box_rows));
+      for (int32_t first = 0; first < columns.outputs; first += cut.width) {
+        const int32_t width = std::min(cut.width, static_cast<int32_t>(columns.outputs) - first);
+        plan.strips.push_back({rows, columns, first, width, cut.box_columns, cut.box_rows, row_tiles});
+        plan.pixels += int64_t{row_tiles} * cut.box_rows * cut.box_columns * params.batch;
       }
     }
   }
@@ -326,7 +335,7 @@ void launch_window_weight_grad(const ConvWeightGradParams& params, const DeviceT
                params.kOperator);
     products.input[index] =
         encode(box_map(params.type, input, params.input_strides, params.in_channels_per_group, params.batch,
-                       rows.operand_extent, columns.operand_extent, strip.box_rows + border_rows, strip.box_columns),
+                       read_extent(rows), read_extent(columns), strip.box_rows + border_rows, strip.box_columns),
                params.kOperator);
     products.problems[index] = {static_cast<int32_t>(columns.lower) + strip.first_column,
                                 static_cast<int32_t>(rows.lower),

@@ -228,6 +228,19 @@ void offload_compressed(const Tensor& src, const Tensor& dst) {
   });
 }
 
+namespace {
+
+// "[4, 6]"
+std::string extents_of(const kernels::CompressedHeader& header) {
+  std::string text = "[";
+  for (uint32_t dim = 0; dim < std::min<uint32_t>(header.dims, kernels::kMaxCopyDims); ++dim) {
+    text += (dim > 0 ? ", " : "") + std::to_string(header.extents[dim]);
+  }
+  return text + "]";
+}
+
+}  // namespace
+
 void prefetch_compressed(const Tensor& src, const Tensor& dst) {
   const kernels::CompressParams params = check_prefetch_compressed(src, dst);
   const unsigned char* const buffer = static_cast<const unsigned char*>(src.const_data_ptr());
@@ -235,11 +248,14 @@ void prefetch_compressed(const Tensor& src, const Tensor& dst) {
   std::memcpy(&header, buffer, sizeof(header));
   const uint32_t order = header.order;
   header.order = params.header.order;
+  const bool known = std::memcmp(header.magic, params.header.magic, sizeof(header.magic)) == 0 &&
+                     header.version == kernels::kCompressedVersion;
+  STD_TORCH_CHECK(known, kPrefetchCompressed, ": src must begin with a version ", kernels::kCompressedVersion,
+                  " header of offload_compressed, got ", header.version, " in the version's place");
   STD_TORCH_CHECK(std::memcmp(&header, &params.header, sizeof(header)) == 0 && is_order(order, header.dims),
-                  kPrefetchCompressed, ": src must begin with the version ", kernels::kCompressedVersion,
-                  " header of a tensor of dst's shape and element size (", header.count, " elements of ",
-                  params.header.element_size, " bytes), got magic ", header.magic[0], " ", header.magic[1],
-                  ", version ", header.version, ", ", header.count, " elements of ", header.element_size, " bytes");
+                  kPrefetchCompressed, ": src must hold a tensor of dst's shape ", extents_of(params.header), " with ",
+                  params.header.element_size, " bytes an element, got ", extents_of(header), " with ",
+                  header.element_size);
   if (header.count == 0) return;
   int64_t extents[kernels::kMaxCopyDims];
   int64_t strides[kernels::kMaxCopyDims];
