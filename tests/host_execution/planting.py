@@ -78,9 +78,13 @@ class Bug(Change):
 
 @dataclass(frozen=True)
 class Race(Change):
-    """A barrier is taken out: ThreadSanitizer must name a line of ``file`` when race_check runs ``check``."""
+    """A barrier is taken out: ThreadSanitizer must name a line of ``file`` when race_check runs ``check``.
+
+    Where the compiler leaves no lines, ``named_in`` is what the report must match instead: the kernel.
+    """
 
     check: str
+    named_in: str = ""
 
     def __str__(self) -> str:
         return self.name
