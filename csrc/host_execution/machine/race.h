@@ -10,7 +10,6 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -29,9 +28,6 @@ inline void* current_context() {
 }
 inline void* create_context() {
   return __tsan_create_fiber(0);
-}
-inline void destroy_context(void* context) {
-  __tsan_destroy_fiber(context);
 }
 inline void enter(void* context) {
   constexpr unsigned kWithoutOrder = 1;
@@ -67,7 +63,6 @@ inline void* current_context() {
 inline void* create_context() {
   return nullptr;
 }
-inline void destroy_context(void*) {}
 inline void enter(void*) {}
 inline void acquire(const void*) {}
 inline void release(const void*) {}
@@ -101,21 +96,24 @@ class Engine {
  public:
 #ifdef SPLITKERN_RACE_CHECK
   Engine() : before_(current_context()) {
-    enter(launching_context());  // a new context comes after whatever its creator did, which is nothing here
-    own_ = create_context();
-    enter(own_);
+    // A new context comes after whatever its creator did, which is nothing here. As new ones are dear, they serve
+    // again.
+    enter(launching_context());
+    static thread_local void* contexts[32] = {};
+    static thread_local unsigned next = 0;
+    void*& own = contexts[next++ % 32];
+    if (own == nullptr) own = create_context();
+    enter(own);
     ignore();
   }
   ~Engine() {
     release(end_of_launch());
     heed();
     enter(before_);
-    destroy_context(own_);
   }
 
  private:
   void* before_;
-  void* own_;
 #else
   Engine() {}
 #endif

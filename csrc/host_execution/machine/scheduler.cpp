@@ -55,14 +55,22 @@ struct Fiber {
   unsigned char* mapping;
   void* stack_pointer;
   Thread* thread;
+  void* race_context;
 };
 
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;  // kernel parameters alone take up to 32 KiB
 constexpr size_t kGuardBytes = 4096;
 constexpr size_t kCanaryBytes = 1024;
 constexpr uint32_t kDemotionInterval = 64;
+#ifdef SPLITKERN_RACE_CHECK
+// New contexts are dear, so those of a cluster serve again for the cluster so many later, which then counts as ordered
+// after it: races between blocks are seen among neighbours in time.
+constexpr uint32_t kConcurrentClusters = 4;
+#else
+constexpr uint32_t kConcurrentClusters = 1;
+#endif
 
 std::atomic<uint64_t> schedule_seed{1};
 std::atomic<uint64_t> launch_number{0};
@@ -76,9 +84,8 @@ uint64_t mix(uint64_t value) {  // splitmix64
 
 void fiber_main(Fiber* fiber);
 
-void* map_pages(void* where, size_t bytes) {
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (where != nullptr ? MAP_FIXED : 0);
-  void* mapping = mmap(where, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+void* map_pages(size_t bytes) {
+  void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::runtime_error("splitkern host execution: no memory");
   return mapping;
 }
@@ -86,7 +93,7 @@ void* map_pages(void* where, size_t bytes) {
 struct FiberPool {
   std::vector<Fiber*> all;
   std::vector<Fiber*> idle;
-  Fiber* retiring = nullptr;  // under the race check: idle as soon as nobody runs on it any more
+  std::vector<Fiber*> of_place[kConcurrentClusters];  // under the race check instead, by thread of the cluster
 
   ~FiberPool() {
     for (Fiber* fiber : all) {
@@ -95,30 +102,38 @@ struct FiberPool {
     }
   }
   static void prepare(Fiber& fiber);
-  Fiber* take() {
-    if (idle.empty()) {
-      void* mapping = map_pages(nullptr, kStackBytes);
-      mprotect(mapping, kGuardBytes, PROT_NONE);
-      Fiber* fiber = new Fiber{static_cast<unsigned char*>(mapping), nullptr, nullptr};
-      prepare(*fiber);
-      all.push_back(fiber);
-      idle.push_back(fiber);
-    }
-    Fiber* fiber = idle.back();
-    idle.pop_back();
-#ifdef SPLITKERN_RACE_CHECK
-    // New pages: what an earlier thread did on the old ones must not look like a race with this one.
-    map_pages(fiber->mapping + kGuardBytes, kStackBytes - kGuardBytes);
+  Fiber* make() {
+    void* mapping = map_pages(kStackBytes);
+    mprotect(mapping, kGuardBytes, PROT_NONE);
+    Fiber* fiber = new Fiber{static_cast<unsigned char*>(mapping), nullptr, nullptr, race::create_context()};
     prepare(*fiber);
-    if (retiring != nullptr) idle.push_back(std::exchange(retiring, nullptr));
-#endif
+    all.push_back(fiber);
     return fiber;
   }
+#ifdef SPLITKERN_RACE_CHECK
+  Fiber* take(uint32_t place, size_t thread) {
+    std::vector<Fiber*>& fibers = of_place[place];
+    if (thread >= fibers.size()) fibers.resize(thread + 1);
+    if (fibers[thread] == nullptr) fibers[thread] = make();
+    return fibers[thread];
+  }
+#else
+  Fiber* take(uint32_t, size_t) {
+    if (idle.empty()) return make();
+    Fiber* fiber = idle.back();
+    idle.pop_back();
+    return fiber;
+  }
+#endif
   // After a failed launch: the frames of threads that never finished are forgotten.
   void abandon_all() {
     idle = all;
-    retiring = nullptr;
-    for (Fiber* fiber : all) prepare(*fiber);
+    for (Fiber* fiber : all) {
+      prepare(*fiber);
+#ifdef SPLITKERN_RACE_CHECK
+      fiber->race_context = race::create_context();
+#endif
+    }
   }
 };
 
@@ -185,6 +200,8 @@ struct Machine {
   void* main_race_context = nullptr;
   char launch_race_address = 0;
   char end_race_address = 0;
+  char place_race_addresses[kConcurrentClusters] = {};
+  uint32_t place = 0;  // of the cluster among the concurrent ones
 
   ~Machine() {
     if (shared_mapping != nullptr) munmap(shared_mapping, shared_mapping_bytes);
@@ -245,12 +262,13 @@ void Machine::allocate(const Launch& next) {
   const uint32_t count = next.cluster_blocks;
   warps_per_block = (next.block.x + kWarpThreads - 1) / kWarpThreads;
   const size_t block_bytes = (next.shared_bytes + kCanaryBytes + 1023) / 1024 * 1024;
-  if (block_bytes * count > shared_mapping_bytes) {
+  const size_t needed_bytes = block_bytes * count * kConcurrentClusters;
+  if (needed_bytes > shared_mapping_bytes) {
     if (shared_mapping != nullptr) munmap(shared_mapping, shared_mapping_bytes);
     shared_mapping = nullptr;
     shared_mapping_bytes = 0;
-    shared_mapping = static_cast<unsigned char*>(map_pages(nullptr, block_bytes * count));
-    shared_mapping_bytes = block_bytes * count;
+    shared_mapping = static_cast<unsigned char*>(map_pages(needed_bytes));
+    shared_mapping_bytes = needed_bytes;
   }
   blocks.assign(count, Block{});
   threads.assign(static_cast<size_t>(count) * next.block.x, Thread{});
@@ -260,7 +278,6 @@ void Machine::allocate(const Launch& next) {
     Block& block = blocks[rank];
     block.rank = rank;
     block.threads = next.block.x;
-    block.shared = shared_mapping + rank * block_bytes;
     block.shared_bytes = next.shared_bytes;
     block.warps.resize(warps_per_block);
     block.thread = threads.data() + static_cast<size_t>(rank) * next.block.x;
@@ -274,11 +291,11 @@ void Machine::allocate(const Launch& next) {
 void Machine::start_cluster(uint64_t first_block) {
   finished = 0;
   error = nullptr;
-#ifdef SPLITKERN_RACE_CHECK
-  map_pages(shared_mapping, shared_mapping_bytes);  // as for the stacks
-#endif
+  place = (place + 1) % kConcurrentClusters;
+  const size_t block_bytes = (launch->shared_bytes + kCanaryBytes + 1023) / 1024 * 1024;
   const Dim3& grid = launch->grid;
   for (Block& block : blocks) {
+    block.shared = shared_mapping + (place * blocks.size() + block.rank) * block_bytes;
     const uint64_t linear = first_block + block.rank;
     block.index = {static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
                    static_cast<unsigned>(linear / grid.x / grid.y)};
@@ -342,17 +359,18 @@ void Machine::begin(Thread& thread) {
   thread.state = Thread::State::kRunning;
   current = &thread;
 #ifdef SPLITKERN_RACE_CHECK
-  thread.race_context = race::create_context();
+  thread.race_context = thread.fiber->race_context;
   race::enter(thread.race_context);
   race::acquire(&launch_race_address);
+  race::acquire(&place_race_addresses[place]);
 #endif
 }
 
 void Machine::end(Thread& thread) {
 #ifdef SPLITKERN_RACE_CHECK
   race::release(&end_race_address);
+  race::release(&place_race_addresses[place]);
   race::enter(main_race_context);
-  race::destroy_context(thread.race_context);
   thread.race_context = nullptr;
 #endif
   if (thread.extension != nullptr) check_end_of_thread(thread);
@@ -368,9 +386,9 @@ void Machine::end(Thread& thread) {
 // Goes on with `thread`, which is not the current one, and returns when somebody comes back to `save`.
 void Machine::resume(Thread& thread, void** save) {
   if (thread.state == Thread::State::kUnstarted) {
-    thread.fiber = fibers.take();
-    thread.fiber->thread = &thread;
     race::enter(main_race_context);
+    thread.fiber = fibers.take(place, thread.block->rank * thread.block->threads + thread.index);
+    thread.fiber->thread = &thread;
   } else {
     thread.state = Thread::State::kRunning;
     current = &thread;
@@ -402,7 +420,6 @@ void fiber_main(Fiber* fiber) {
       race::release(&here.end_race_address);
       race::enter(here.main_race_context);
     }
-    here.fibers.retiring = fiber;
 #else
     if (next != nullptr && next->state == Thread::State::kUnstarted) {
       fiber->thread = next;
