@@ -200,8 +200,11 @@ struct Machine {
   void* main_race_context = nullptr;
   char launch_race_address = 0;
   char end_race_address = 0;
-  char place_race_addresses[kConcurrentClusters] = {};
-  uint32_t place = 0;  // of the cluster among the concurrent ones
+  // The cluster's place among the concurrent ones, and whether it is an odd or even one there; through its address it
+  // comes after the cluster that had the place before.
+  uint32_t place = 0;
+  uint32_t turn = 0;
+  char place_race_addresses[kConcurrentClusters][2] = {};
 
   ~Machine() {
     if (shared_mapping != nullptr) munmap(shared_mapping, shared_mapping_bytes);
@@ -292,6 +295,7 @@ void Machine::start_cluster(uint64_t first_block) {
   finished = 0;
   error = nullptr;
   place = (place + 1) % kConcurrentClusters;
+  if (place == 0) turn ^= 1;
   const size_t block_bytes = (launch->shared_bytes + kCanaryBytes + 1023) / 1024 * 1024;
   const Dim3& grid = launch->grid;
   for (Block& block : blocks) {
@@ -362,14 +366,14 @@ void Machine::begin(Thread& thread) {
   thread.race_context = thread.fiber->race_context;
   race::enter(thread.race_context);
   race::acquire(&launch_race_address);
-  race::acquire(&place_race_addresses[place]);
+  race::acquire(&place_race_addresses[place][turn ^ 1]);
 #endif
 }
 
 void Machine::end(Thread& thread) {
 #ifdef SPLITKERN_RACE_CHECK
   race::release(&end_race_address);
-  race::release(&place_race_addresses[place]);
+  race::release(&place_race_addresses[place][turn]);
   race::enter(main_race_context);
   thread.race_context = nullptr;
 #endif
