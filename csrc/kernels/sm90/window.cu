@@ -453,7 +453,7 @@ int32_t tile_groups(Kind kind) {
   return kind == Kind::kNarrow ? 2 : 1;
 }
 
-// Below, kNarrow and kResident took up to twice what is predicted (14 columns of 64 to 64 channels, H200).
+// Below, kNarrow and kResident took over three times what is predicted (14 columns of 64 to 64 channels, H200).
 constexpr int32_t kMinNarrowBoxColumns = 24;
 
 // How a problem's outputs are cut for products of `columns` pixels.
