@@ -36,7 +36,7 @@ HostStreams::HostStreams(HostStreamOptions options) : options_(checked(std::move
       const std::lock_guard lock(mutex_);
       stopping_ = true;
     }
-    changed_.notify_all();
+    wake_all();
     for (std::thread& thread : threads_) {
       if (thread.joinable()) thread.join();
     }
@@ -50,7 +50,7 @@ HostStreams::~HostStreams() {
     stopping_ = true;
     ++hosts_waiting_;  // nothing more will come
   }
-  changed_.notify_all();
+  wake_all();
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -59,7 +59,19 @@ void HostStreams::enqueue(StreamId stream, Action action) {
     const std::lock_guard lock(mutex_);
     queue_of(stream).push_back(std::move(action));
   }
-  changed_.notify_all();
+  wake(stream);
+}
+
+// After something was enqueued.
+void HostStreams::wake(StreamId stream) {
+  if (options_.priority)
+    wake_all();  // a wait that holds up this stream lets others move
+  else
+    work_[static_cast<size_t>(stream)].notify_one();
+}
+
+void HostStreams::wake_all() {
+  for (std::condition_variable& work : work_) work.notify_one();
 }
 
 void HostStreams::copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) {
@@ -131,7 +143,7 @@ void HostStreams::record(EventId event, StreamId stream) {
     queue_of(stream).push_back(std::move(action));
     ++event_at(event).recorded;
   }
-  changed_.notify_all();
+  wake(stream);
 }
 
 void HostStreams::wait(StreamId stream, EventId event) {
@@ -143,7 +155,7 @@ void HostStreams::wait(StreamId stream, EventId event) {
     action.generation = event_at(event).recorded;
     queue_of(stream).push_back(std::move(action));
   }
-  changed_.notify_all();
+  wake(stream);
 }
 
 bool HostStreams::query(EventId event) {
@@ -159,8 +171,8 @@ void HostStreams::synchronize(EventId event) {
   const Event& found = event_at(event);
   const int64_t generation = found.recorded;
   ++hosts_waiting_;
-  changed_.notify_all();
-  changed_.wait(lock, [&] { return found.completed >= generation; });
+  if (options_.priority) wake_all();
+  progress_.wait(lock, [&] { return found.completed >= generation; });
   --hosts_waiting_;
   if (!found.failure.empty()) throw StreamFailed(found.failure);
 }
@@ -174,8 +186,8 @@ void HostStreams::require_ok(StreamId stream) {
 void HostStreams::drain() noexcept {
   std::unique_lock lock(mutex_);
   ++hosts_waiting_;
-  changed_.notify_all();
-  changed_.wait(lock, [&] { return std::ranges::all_of(queues_, [](const auto& queue) { return queue.empty(); }); });
+  if (options_.priority) wake_all();
+  progress_.wait(lock, [&] { return std::ranges::all_of(queues_, [](const auto& queue) { return queue.empty(); }); });
   --hosts_waiting_;
 }
 
@@ -219,7 +231,7 @@ void HostStreams::work(StreamId stream) {
   std::unique_lock lock(mutex_);
   for (;;) {
     std::deque<Action>& queue = queue_of(stream);
-    changed_.wait(lock, [&] { return may_run(stream) || (stopping_ && queue.empty()); });
+    work_[static_cast<size_t>(stream)].wait(lock, [&] { return may_run(stream) || (stopping_ && queue.empty()); });
     if (queue.empty()) return;
     if (options_.max_delay_us > 0) {
       lock.unlock();
@@ -260,7 +272,9 @@ void HostStreams::work(StreamId stream) {
       }
     }
     queue.pop_front();
-    changed_.notify_all();
+    // With a priority, whether a stream may move depends on all of them.
+    if (options_.priority || action.kind == Action::Kind::kRecord) wake_all();
+    if (queue.empty() || action.kind == Action::Kind::kRecord) progress_.notify_all();
   }
 }
 

@@ -25,7 +25,7 @@ struct HostStreamOptions {
   // All three streams, the most urgent first. A stream then moves only if no more urgent one can, now or after what a
   // running host thread may still enqueue: it must be held up by an event, or idle while a host thread waits. Actions
   // do not overlap in time, so that a plan with a race gives wrong bytes, but no race of threads.
-  std::optional<std::array<StreamId, kStreams>> priority;
+  std::optional<std::array<StreamId, kStreams>> priority = std::nullopt;
 };
 
 // Any thread may call any function. The destructor first runs everything that was enqueued.
@@ -71,15 +71,18 @@ class HostStreams final : public StreamBackend {
   void work(StreamId stream);
   void rest(std::mt19937_64& random) const;
   void enqueue(StreamId stream, Action action);
+  void wake(StreamId stream);
+  void wake_all();
   Event& event_at(EventId event);
   std::deque<Action>& queue_of(StreamId stream) { return queues_[static_cast<size_t>(stream)]; }
   bool held_up(StreamId stream);  // its next action is a wait for an event that has not come
   bool may_run(StreamId stream);
 
   const HostStreamOptions options_;
-  mutable std::mutex mutex_;  // for everything below
-  std::condition_variable changed_;
-  std::array<std::deque<Action>, kStreams> queues_;  // an action leaves its queue when it is done
+  mutable std::mutex mutex_;                            // for everything below
+  std::array<std::condition_variable, kStreams> work_;  // each stream's thread: it may be able to move
+  std::condition_variable progress_;                    // host threads: an event passed or a queue became empty
+  std::array<std::deque<Action>, kStreams> queues_;     // an action leaves its queue when it is done
   std::deque<Event> events_;
   std::vector<EventId> free_events_;
   std::array<std::string, kStreams> failures_;  // first of each stream
