@@ -331,8 +331,8 @@ void CopyPipeline::feed(Feeder& feeder, int32_t copy) {
 class CopyPipeline::Turn {
  public:
   explicit Turn(CopyPipeline& pipeline) : pipeline_(pipeline) {
-    if (pipeline.inside_) throw InvalidArgument("one thread at a time may call at_boundary() and synchronize()");
     if (pipeline.cancels_ > 0) throw StepAborted("the step is being aborted");
+    if (pipeline.inside_) throw InvalidArgument("one thread at a time may call at_boundary() and synchronize()");
     pipeline.inside_ = true;
   }
   ~Turn() {
@@ -352,6 +352,7 @@ class CopyPipeline::Turn {
 void CopyPipeline::at_boundary(int32_t boundary) {
   std::unique_lock lock(mutex_);
   require_index(boundary, plan_.boundaries.size(), "boundary");
+  if (cancels_ > 0) throw StepAborted("the step is being aborted");
   if (boundary != next_) {
     if (aborted_) throw StepAborted("the step was aborted: the next boundary is 0, got " + std::to_string(boundary));
     throw InvalidArgument("boundary must be " + std::to_string(next_) + ", the next one, got " +

@@ -18,8 +18,10 @@ HostStreamOptions checked(HostStreamOptions options) {
     throw InvalidArgument("piece_bytes must be 1 or more, got " + std::to_string(options.piece_bytes));
   if (options.priority) {
     for (const StreamId stream : {StreamId::kCompute, StreamId::kOffload, StreamId::kPrefetch}) {
-      if (std::ranges::count(*options.priority, stream) != 1)
-        throw InvalidArgument(std::string("priority must name every stream once, but lacks ") + to_string(stream));
+      const auto times = std::ranges::count(*options.priority, stream);
+      if (times != 1)
+        throw InvalidArgument("priority must name every stream once, but names " + std::string(to_string(stream)) +
+                              " " + std::to_string(times) + " times");
     }
   }
   return options;

@@ -56,7 +56,7 @@ CHECK_NAMED(pipeline_random_plans, "pipeline: random plans with random delays gi
   int64_t copies = 0;
   int64_t recomputations = 0;
   int64_t fused = 0;
-  for (uint64_t seed = 0; seed < 60; ++seed) {
+  for (uint64_t seed = 0; seed < 40; ++seed) {
     const Graph graph = random_graph(seed);
     const Plan plan = random_plan(graph, seed);
     copies += std::ssize(plan.copies);
@@ -76,7 +76,7 @@ CHECK_NAMED(pipeline_random_plans, "pipeline: random plans with random delays gi
 }
 
 CHECK_NAMED(pipeline_extreme_schedules, "pipeline: random plans on extreme schedules give the plain results") {
-  for (uint64_t seed = 100; seed < 140; ++seed) {
+  for (uint64_t seed = 100; seed < 116; ++seed) {
     const Graph graph = random_graph(seed);
     const Plan plan = random_plan(graph, seed);
     for (const auto& priority : kSchedules) {
@@ -92,7 +92,7 @@ CHECK_NAMED(pipeline_extreme_schedules, "pipeline: random plans on extreme sched
 CHECK_NAMED(pipeline_missing_waits, "pipeline: a plan without one of its waits is caught") {
   int64_t waits = 0;
   int64_t afters = 0;
-  for (uint64_t seed = 200; seed < 220; ++seed) {
+  for (uint64_t seed = 200; seed < 210; ++seed) {
     const Graph graph = random_graph(seed);
     const Plan plan = random_plan(graph, seed);
     for (const int32_t copy : needed_waits(plan)) {
