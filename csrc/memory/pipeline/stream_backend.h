@@ -1,5 +1,5 @@
 // What the copy pipeline needs of a machine: three streams that each run their actions in order, and events that order
-// streams among each other and tell the host. Implemented on host memory with threads (host_streams.h) and on CUDA
+// streams among each other and tell the host. Implemented on host memory with threads (threaded_streams.h) and on CUDA
 // (memory/cuda/stream_backend.h). Any thread may call any function; actions of one stream run in the order of the
 // calls.
 #pragma once

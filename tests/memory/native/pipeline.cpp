@@ -12,8 +12,8 @@
 
 #include "memory/errors.h"
 #include "memory/native/pipeline_plans.h"
-#include "memory/pipeline/host_streams.h"
 #include "memory/pipeline/plan_runner.h"
+#include "memory/pipeline/threaded_streams.h"
 #include "native/check.h"
 
 using namespace splitkern::memory;
@@ -43,7 +43,7 @@ class Gate {
 // Counts the chunks of each stream that are enqueued and not done.
 class CountingStreams final : public StreamBackend {
  public:
-  explicit CountingStreams(HostStreams& streams) : streams_(streams) {}
+  explicit CountingStreams(ThreadedStreams& streams) : streams_(streams) {}
   void copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) override {
     const auto index = static_cast<size_t>(stream);
     ++copies;
@@ -79,7 +79,7 @@ class CountingStreams final : public StreamBackend {
   int64_t events_until_failure = 0;
 
  private:
-  HostStreams& streams_;
+  ThreadedStreams& streams_;
   std::array<std::atomic<int32_t>, kStreams> waiting_ = {};
 };
 
@@ -108,13 +108,13 @@ struct RoundTrip {
   }
   int64_t bytes() const { return plan.storages[0].size_bytes; }
   // Instance 0 writes `value` everywhere, instance 3 counts the bytes that hold it.
-  void launch(HostStreams& streams, int32_t instance, unsigned char value) {
+  void launch(ThreadedStreams& streams, int32_t instance, unsigned char value) {
     if (instance == 0) streams.fill(StreamId::kCompute, device.data(), value, bytes());
     if (instance == 3)
       streams.call(StreamId::kCompute,
                    [this, value] { counts.push_back(std::count(device.begin() + bytes(), device.end(), value)); });
   }
-  void step(CopyPipeline& pipeline, HostStreams& streams, unsigned char value) {
+  void step(CopyPipeline& pipeline, ThreadedStreams& streams, unsigned char value) {
     for (int32_t boundary = 0; boundary < pipeline.boundary_count(); ++boundary) {
       pipeline.at_boundary(boundary);
       launch(streams, boundary, value);
@@ -129,10 +129,10 @@ struct RoundTrip {
 
 }  // namespace
 
-CHECK_NAMED(pipeline_host_streams, "pipeline: streams on host memory keep their order and follow events") {
+CHECK_NAMED(pipeline_threaded_streams, "pipeline: streams on host memory keep their order and follow events") {
   std::vector<int32_t> seen;
   {
-    HostStreams streams({.seed = 3, .max_delay_us = 50});
+    ThreadedStreams streams({.seed = 3, .max_delay_us = 50});
     const EventId ready = streams.create_event();
     check::require(streams.query(ready), "an event that was never recorded holds nobody up");
     streams.wait(StreamId::kPrefetch, ready);
@@ -154,17 +154,17 @@ CHECK_NAMED(pipeline_host_streams, "pipeline: streams on host memory keep their 
   check::equal(std::ssize(seen), 21, "calls after the destructor");
   check::require(std::ranges::is_sorted(seen), "calls in order");
 
-  check::refuses([] { HostStreams({.max_delay_us = -1}); }, {"max_delay_us", "-1"});
-  check::refuses([] { HostStreams({.piece_bytes = 0}); }, {"piece_bytes", "0"});
+  check::refuses([] { ThreadedStreams({.max_delay_us = -1}); }, {"max_delay_us", "-1"});
+  check::refuses([] { ThreadedStreams({.piece_bytes = 0}); }, {"piece_bytes", "0"});
   check::refuses(
-      [] { HostStreams({.priority = std::array{StreamId::kCompute, StreamId::kCompute, StreamId::kOffload}}); },
+      [] { ThreadedStreams({.priority = std::array{StreamId::kCompute, StreamId::kCompute, StreamId::kOffload}}); },
       {"priority", "compute 2 times"});
-  HostStreams streams;
+  ThreadedStreams streams;
   check::refuses([&] { streams.record(7, StreamId::kCompute); }, {"event 7"});
 }
 
 CHECK_NAMED(pipeline_streams_fail, "pipeline: a failed stream moves nothing until it is reset") {
-  HostStreams streams;
+  ThreadedStreams streams;
   const std::vector<unsigned char> from(100, 7);
   std::vector<unsigned char> to(100, 0);
   const EventId before = streams.create_event();
@@ -199,7 +199,7 @@ CHECK_NAMED(pipeline_streams_fail, "pipeline: a failed stream moves nothing unti
 }
 
 CHECK_NAMED(pipeline_priority, "pipeline: with a priority the less urgent stream moves last") {
-  HostStreams streams({.priority = std::array{StreamId::kPrefetch, StreamId::kCompute, StreamId::kOffload}});
+  ThreadedStreams streams({.priority = std::array{StreamId::kPrefetch, StreamId::kCompute, StreamId::kOffload}});
   std::string seen;
   const EventId event = streams.create_event();
   streams.call(StreamId::kOffload, [&] { seen += 'o'; });
@@ -216,7 +216,7 @@ CHECK_NAMED(pipeline_priority, "pipeline: with a priority the less urgent stream
 CHECK_NAMED(pipeline_back_pressure, "pipeline: chunks in flight are bounded, and compute is launched meanwhile") {
   for (int32_t max_in_flight = 1; max_in_flight <= 4; ++max_in_flight) {
     RoundTrip trip(1000);
-    HostStreams streams;
+    ThreadedStreams streams;
     CountingStreams counting(streams);
     CopyPipeline pipeline(counting, trip.plan, trip.arenas(), {.chunk_bytes = 90, .max_in_flight = max_in_flight});
     Gate gate;
@@ -251,7 +251,7 @@ CHECK_NAMED(pipeline_back_pressure, "pipeline: chunks in flight are bounded, and
 
 CHECK_NAMED(pipeline_in_flight_is_used, "pipeline: as many chunks are in flight as allowed") {
   RoundTrip trip(1000);
-  HostStreams streams;
+  ThreadedStreams streams;
   CountingStreams counting(streams);
   CopyPipeline pipeline(counting, trip.plan, trip.arenas(), {.chunk_bytes = 100, .max_in_flight = 3});
   Gate gate;
@@ -265,7 +265,7 @@ CHECK_NAMED(pipeline_in_flight_is_used, "pipeline: as many chunks are in flight 
 
 CHECK_NAMED(pipeline_steps, "pipeline: steps follow each other without a wait of the host") {
   RoundTrip trip(500);
-  HostStreams streams({.seed = 5, .max_delay_us = 30});
+  ThreadedStreams streams({.seed = 5, .max_delay_us = 30});
   CopyPipeline pipeline(streams, trip.plan, trip.arenas(),
                         {.chunk_bytes = 64, .max_in_flight = 2, .checksums = true, .poison = true});
   for (unsigned char step = 0; step < 10; ++step) trip.step(pipeline, streams, step);
@@ -288,7 +288,7 @@ CHECK_NAMED(pipeline_unwaited, "pipeline: a copy that nobody waits for is done b
   plan.boundaries[1].issues = {0};
   std::vector<unsigned char> device(400);
   std::vector<unsigned char> host(400);
-  HostStreams streams({.priority = std::array{StreamId::kCompute, StreamId::kPrefetch, StreamId::kOffload}});
+  ThreadedStreams streams({.priority = std::array{StreamId::kCompute, StreamId::kPrefetch, StreamId::kOffload}});
   CopyPipeline pipeline(streams, plan,
                         {.device = device.data(), .device_bytes = 400, .host = host.data(), .host_bytes = 400},
                         {.max_in_flight = 8});
@@ -311,7 +311,7 @@ CHECK_NAMED(pipeline_failures, "pipeline: every copy that fails is named, and th
   const Plan plan = pipeline_plans::random_plan(graph, 4);
   const StorageValues initial = initial_values(graph, 4);
   const StorageValues expected = run_graph(graph, initial, hash_operations());
-  HostStreams streams;
+  ThreadedStreams streams;
   PlanRunner runner(streams, graph, plan, {.chunk_bytes = 50, .max_in_flight = 2, .checksums = true});
   check::require(first_difference(graph, expected, runner.run(initial, hash_operations())).empty(), "results");
   const CopyStatistics statistics = runner.pipeline().statistics();
@@ -343,7 +343,7 @@ CHECK_NAMED(pipeline_compute_fails, "pipeline: a failing operation is named, and
   const Plan plan = pipeline_plans::random_plan(graph, 6);
   const StorageValues initial = initial_values(graph, 6);
   const StorageValues expected = run_graph(graph, initial, hash_operations());
-  HostStreams streams({.seed = 6, .max_delay_us = 10});
+  ThreadedStreams streams({.seed = 6, .max_delay_us = 10});
   PlanRunner runner(streams, graph, plan, {.chunk_bytes = 64, .max_in_flight = 1, .checksums = true, .poison = true});
   for (size_t failing = 0; failing < plan.instances.size(); ++failing) {
     size_t calls = 0;
@@ -363,7 +363,7 @@ CHECK_NAMED(pipeline_compute_fails, "pipeline: a failing operation is named, and
 CHECK_NAMED(pipeline_checksums, "pipeline: a storage that comes back changed is named") {
   for (const int32_t corrupted : {0, 499, 3}) {
     RoundTrip trip(500);
-    HostStreams streams;
+    ThreadedStreams streams;
     CopyPipeline pipeline(streams, trip.plan, trip.arenas(), {.chunk_bytes = 100, .checksums = true});
     trip.step(pipeline, streams, 9);
     pipeline.synchronize();
@@ -390,7 +390,7 @@ CHECK_NAMED(pipeline_checksums, "pipeline: a storage that comes back changed is 
 
 CHECK_NAMED(pipeline_poison, "pipeline: bytes whose residency has ended are poisoned") {
   RoundTrip trip(100);
-  HostStreams streams;
+  ThreadedStreams streams;
   CopyPipeline pipeline(streams, trip.plan, trip.arenas(), {.poison = true});
   std::vector<int64_t> device_poison;
   std::vector<int64_t> host_poison;
@@ -413,7 +413,7 @@ CHECK_NAMED(pipeline_poison, "pipeline: bytes whose residency has ended are pois
 
 CHECK_NAMED(pipeline_abort, "pipeline: aborted while the host waits for a copy") {
   RoundTrip trip(1000);
-  HostStreams streams;
+  ThreadedStreams streams;
   CountingStreams counting(streams);
   CopyPipeline pipeline(counting, trip.plan, trip.arenas(), {.chunk_bytes = 100, .max_in_flight = 2});
   Gate gate;
@@ -459,7 +459,7 @@ CHECK_NAMED(pipeline_abort_anywhere, "pipeline: aborted at every boundary, from 
   const Graph graph = pipeline_plans::random_graph(9);
   const Plan plan = pipeline_plans::random_plan(graph, 9);
   RoundTrip trip(300);
-  HostStreams streams({.seed = 9, .max_delay_us = 20});
+  ThreadedStreams streams({.seed = 9, .max_delay_us = 20});
   {
     CopyPipeline pipeline(streams, trip.plan, trip.arenas(), {.chunk_bytes = 50, .max_in_flight = 1});
     for (const bool elsewhere : {false, true}) {
@@ -496,7 +496,7 @@ CHECK_NAMED(pipeline_abort_anywhere, "pipeline: aborted at every boundary, from 
 
 CHECK_NAMED(pipeline_construction_fails, "pipeline: a backend that runs out of events leaves nothing behind") {
   RoundTrip trip(10);
-  HostStreams streams;
+  ThreadedStreams streams;
   CountingStreams counting(streams);
   // Two boundaries that issue, two copies, two chunks per stream.
   for (int64_t failing = 1; failing <= 8; ++failing) {
@@ -509,7 +509,7 @@ CHECK_NAMED(pipeline_construction_fails, "pipeline: a backend that runs out of e
 }
 
 CHECK_NAMED(pipeline_refusals, "pipeline: what is refused") {
-  HostStreams streams;
+  ThreadedStreams streams;
   RoundTrip trip(100);
   const auto refused = [&](const std::function<void(Plan&)>& change, const std::vector<std::string>& parts) {
     Plan plan = trip.plan;

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "memory/native/pipeline_plans.h"
-#include "memory/pipeline/host_streams.h"
+#include "memory/pipeline/threaded_streams.h"
 #include "native/check.h"
 
 using namespace splitkern::memory;
@@ -34,8 +34,8 @@ StorageValues plain(const Graph& graph, const StorageValues& initial) {
 }
 
 // Empty if the plan gives the plain results.
-std::string difference(HostStreams& streams, const Graph& graph, const Plan& plan, const CopyPipelineOptions& options,
-                       uint64_t seed) {
+std::string difference(ThreadedStreams& streams, const Graph& graph, const Plan& plan,
+                       const CopyPipelineOptions& options, uint64_t seed) {
   const StorageValues initial = initial_values(graph, seed);
   PlanRunner runner(streams, graph, plan, options);
   return first_difference(graph, plain(graph, initial), runner.run(initial, hash_operations()));
@@ -44,7 +44,7 @@ std::string difference(HostStreams& streams, const Graph& graph, const Plan& pla
 // Whether any of the extreme schedules shows that a plan is broken.
 bool is_caught(const Graph& graph, const Plan& plan) {
   for (const auto& priority : kSchedules) {
-    HostStreams streams({.priority = priority});
+    ThreadedStreams streams({.priority = priority});
     if (!difference(streams, graph, plan, kUnbounded, 1).empty()) return true;
   }
   return false;
@@ -62,7 +62,7 @@ CHECK_NAMED(pipeline_random_plans, "pipeline: random plans with random delays gi
     copies += std::ssize(plan.copies);
     fused += std::ssize(plan.fused);
     for (const Instance& instance : plan.instances) recomputations += instance.is_recomputation;
-    HostStreams streams({.seed = seed, .max_delay_us = 40, .piece_bytes = 16});
+    ThreadedStreams streams({.seed = seed, .max_delay_us = 40, .piece_bytes = 16});
     const CopyPipelineOptions options{.chunk_bytes = 5 + static_cast<int64_t>(seed) % 40,
                                       .max_in_flight = 1 + static_cast<int32_t>(seed) % 4,
                                       .checksums = seed % 2 == 0,
@@ -80,7 +80,7 @@ CHECK_NAMED(pipeline_extreme_schedules, "pipeline: random plans on extreme sched
     const Graph graph = random_graph(seed);
     const Plan plan = random_plan(graph, seed);
     for (const auto& priority : kSchedules) {
-      HostStreams streams({.priority = priority});
+      ThreadedStreams streams({.priority = priority});
       const CopyPipelineOptions options{
           .chunk_bytes = 16, .max_in_flight = 1 + static_cast<int32_t>(seed) % 4, .checksums = true, .poison = true};
       const std::string found = difference(streams, graph, plan, options, seed);

@@ -1,4 +1,4 @@
-#include "memory/pipeline/host_streams.h"
+#include "memory/pipeline/threaded_streams.h"
 
 #include <algorithm>
 #include <chrono>
@@ -11,7 +11,7 @@
 namespace splitkern::memory {
 namespace {
 
-HostStreamOptions checked(HostStreamOptions options) {
+ThreadedStreamOptions checked(ThreadedStreamOptions options) {
   if (options.max_delay_us < 0)
     throw InvalidArgument("max_delay_us must be 0 or more, got " + std::to_string(options.max_delay_us));
   if (options.piece_bytes < 1)
@@ -29,7 +29,7 @@ HostStreamOptions checked(HostStreamOptions options) {
 
 }  // namespace
 
-HostStreams::HostStreams(HostStreamOptions options) : options_(checked(std::move(options))) {
+ThreadedStreams::ThreadedStreams(ThreadedStreamOptions options) : options_(checked(std::move(options))) {
   try {
     for (int stream = 0; stream < kStreams; ++stream)
       threads_[stream] = std::thread([this, stream] { work(static_cast<StreamId>(stream)); });
@@ -46,7 +46,7 @@ HostStreams::HostStreams(HostStreamOptions options) : options_(checked(std::move
   }
 }
 
-HostStreams::~HostStreams() {
+ThreadedStreams::~ThreadedStreams() {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -56,7 +56,7 @@ HostStreams::~HostStreams() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void HostStreams::enqueue(StreamId stream, Action action) {
+void ThreadedStreams::enqueue(StreamId stream, Action action) {
   {
     const std::lock_guard lock(mutex_);
     queue_of(stream).push_back(std::move(action));
@@ -65,18 +65,18 @@ void HostStreams::enqueue(StreamId stream, Action action) {
 }
 
 // After something was enqueued.
-void HostStreams::wake(StreamId stream) {
+void ThreadedStreams::wake(StreamId stream) {
   if (options_.priority)
     wake_all();  // a wait that holds up this stream lets others move
   else
     work_[static_cast<size_t>(stream)].notify_one();
 }
 
-void HostStreams::wake_all() {
+void ThreadedStreams::wake_all() {
   for (std::condition_variable& work : work_) work.notify_one();
 }
 
-void HostStreams::copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) {
+void ThreadedStreams::copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) {
   auto* const to = static_cast<unsigned char*>(destination);
   const auto* const from = static_cast<const unsigned char*>(source);
   Action action;
@@ -92,21 +92,21 @@ void HostStreams::copy(StreamId stream, void* destination, const void* source, i
   enqueue(stream, std::move(action));
 }
 
-void HostStreams::fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) {
+void ThreadedStreams::fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) {
   call(stream, [destination, value, size_bytes] { std::memset(destination, value, static_cast<size_t>(size_bytes)); });
 }
 
-void HostStreams::checksum(StreamId stream, const void* source, int64_t size_bytes, std::atomic<uint64_t>* result) {
+void ThreadedStreams::checksum(StreamId stream, const void* source, int64_t size_bytes, std::atomic<uint64_t>* result) {
   call(stream, [source, size_bytes, result] { result->store(memory::checksum(kChecksumSeed, source, size_bytes)); });
 }
 
-void HostStreams::call(StreamId stream, std::function<void()> function) {
+void ThreadedStreams::call(StreamId stream, std::function<void()> function) {
   Action action;
   action.body = [function = std::move(function)](std::mt19937_64&, bool) { function(); };
   enqueue(stream, std::move(action));
 }
 
-EventId HostStreams::create_event() {
+EventId ThreadedStreams::create_event() {
   const std::lock_guard lock(mutex_);
   if (!free_events_.empty()) {
     const EventId event = free_events_.back();
@@ -119,23 +119,23 @@ EventId HostStreams::create_event() {
   return static_cast<EventId>(events_.size()) - 1;
 }
 
-void HostStreams::destroy_event(EventId event) noexcept {
+void ThreadedStreams::destroy_event(EventId event) noexcept {
   const std::lock_guard lock(mutex_);
   free_events_.push_back(event);
 }
 
-int64_t HostStreams::live_events() const {
+int64_t ThreadedStreams::live_events() const {
   const std::lock_guard lock(mutex_);
   return static_cast<int64_t>(events_.size() - free_events_.size());
 }
 
-HostStreams::Event& HostStreams::event_at(EventId event) {
+ThreadedStreams::Event& ThreadedStreams::event_at(EventId event) {
   if (event < 0 || static_cast<size_t>(event) >= events_.size())
     throw InvalidArgument("there is no event " + std::to_string(event));
   return events_[static_cast<size_t>(event)];
 }
 
-void HostStreams::record(EventId event, StreamId stream) {
+void ThreadedStreams::record(EventId event, StreamId stream) {
   {
     const std::lock_guard lock(mutex_);
     Action action;
@@ -148,7 +148,7 @@ void HostStreams::record(EventId event, StreamId stream) {
   wake(stream);
 }
 
-void HostStreams::wait(StreamId stream, EventId event) {
+void ThreadedStreams::wait(StreamId stream, EventId event) {
   {
     const std::lock_guard lock(mutex_);
     Action action;
@@ -160,7 +160,7 @@ void HostStreams::wait(StreamId stream, EventId event) {
   wake(stream);
 }
 
-bool HostStreams::query(EventId event) {
+bool ThreadedStreams::query(EventId event) {
   const std::lock_guard lock(mutex_);
   const Event& found = event_at(event);
   if (found.completed < found.recorded) return false;
@@ -168,7 +168,7 @@ bool HostStreams::query(EventId event) {
   return true;
 }
 
-void HostStreams::synchronize(EventId event) {
+void ThreadedStreams::synchronize(EventId event) {
   std::unique_lock lock(mutex_);
   const Event& found = event_at(event);
   const int64_t generation = found.recorded;
@@ -179,13 +179,13 @@ void HostStreams::synchronize(EventId event) {
   if (!found.failure.empty()) throw StreamFailed(found.failure);
 }
 
-void HostStreams::require_ok(StreamId stream) {
+void ThreadedStreams::require_ok(StreamId stream) {
   const std::lock_guard lock(mutex_);
   const std::string& failure = failures_[static_cast<size_t>(stream)];
   if (!failure.empty()) throw StreamFailed(failure);
 }
 
-void HostStreams::drain() noexcept {
+void ThreadedStreams::drain() noexcept {
   std::unique_lock lock(mutex_);
   ++hosts_waiting_;
   if (options_.priority) wake_all();
@@ -193,25 +193,25 @@ void HostStreams::drain() noexcept {
   --hosts_waiting_;
 }
 
-void HostStreams::reset() noexcept {
+void ThreadedStreams::reset() noexcept {
   const std::lock_guard lock(mutex_);
   failed_ = false;
   for (std::string& failure : failures_) failure.clear();
   for (Event& event : events_) event.failure.clear();
 }
 
-void HostStreams::fail_copy(int64_t n) {
+void ThreadedStreams::fail_copy(int64_t n) {
   const std::lock_guard lock(mutex_);
   copies_until_failure_ = n;
 }
 
-bool HostStreams::held_up(StreamId stream) {
+bool ThreadedStreams::held_up(StreamId stream) {
   const std::deque<Action>& queue = queue_of(stream);
   return !queue.empty() && queue.front().kind == Action::Kind::kWait &&
          events_[static_cast<size_t>(queue.front().event)].completed < queue.front().generation;
 }
 
-bool HostStreams::may_run(StreamId stream) {
+bool ThreadedStreams::may_run(StreamId stream) {
   if (queue_of(stream).empty() || held_up(stream)) return false;
   if (!options_.priority) return true;
   if (running_ > 0) return false;
@@ -222,13 +222,13 @@ bool HostStreams::may_run(StreamId stream) {
   return true;
 }
 
-void HostStreams::rest(std::mt19937_64& random) const {
+void ThreadedStreams::rest(std::mt19937_64& random) const {
   if (options_.max_delay_us == 0) return;
   const auto delay_us = static_cast<int64_t>(random() % (static_cast<uint64_t>(options_.max_delay_us) + 1));
   std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
 }
 
-void HostStreams::work(StreamId stream) {
+void ThreadedStreams::work(StreamId stream) {
   std::mt19937_64 random(options_.seed * kStreams + static_cast<uint64_t>(stream));
   std::unique_lock lock(mutex_);
   for (;;) {

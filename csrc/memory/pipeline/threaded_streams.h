@@ -17,7 +17,7 @@
 
 namespace splitkern::memory {
 
-struct HostStreamOptions {
+struct ThreadedStreamOptions {
   uint64_t seed = 0;
   // Before every action, and between the pieces of a copy, the stream rests for a random time from 0 to this.
   int32_t max_delay_us = 0;
@@ -29,11 +29,11 @@ struct HostStreamOptions {
 };
 
 // Any thread may call any function. The destructor first runs everything that was enqueued.
-class HostStreams final : public StreamBackend {
+class ThreadedStreams final : public StreamBackend {
  public:
   // Throws InvalidArgument for options outside their range.
-  explicit HostStreams(HostStreamOptions options = {});
-  ~HostStreams() override;
+  explicit ThreadedStreams(ThreadedStreamOptions options = {});
+  ~ThreadedStreams() override;
 
   void copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) override;
   void fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) override;
@@ -78,7 +78,7 @@ class HostStreams final : public StreamBackend {
   bool held_up(StreamId stream);  // its next action is a wait for an event that has not come
   bool may_run(StreamId stream);
 
-  const HostStreamOptions options_;
+  const ThreadedStreamOptions options_;
   mutable std::mutex mutex_;                            // for everything below
   std::array<std::condition_variable, kStreams> work_;  // each stream's thread: it may be able to move
   std::condition_variable progress_;                    // host threads: an event passed or a queue became empty
