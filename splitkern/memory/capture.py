@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from splitkern.memory import rewrite
@@ -349,7 +350,7 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             full = f"{path}.{key}" if path else key
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if is_lazy(tensor):
                 raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
@@ -490,7 +491,8 @@ class _Capture:
         """Give the modules fake parameters and buffers; one that is in two places stays one."""
         fakes: dict[int, Tensor] = {}
         for path, module in self.modules.items():
-            for held in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in stores:
                 for key, tensor in held.items():
                     if tensor is None:
                         continue

@@ -52,8 +52,8 @@ def interpret(
         step: from :func:`splitkern.memory.capture.capture`.
         parameters: the model, or its parameters and buffers by qualified name; not changed.
         inputs, targets: as for the capture, with the same shapes and strides.
-        out_calls: run the call that writes into its destinations where an operation has one, as the executor does,
-            instead of the one that eager execution ran.
+        out_calls: run the call that writes into its destinations where an operation has one, and in place where it
+            may, as the executor does, instead of the one that eager execution ran.
         check_strides: whether a result with other strides than captured is an error.
 
     Returns:
@@ -97,10 +97,12 @@ def _run(step: CapturedStep, memory: _Memory, index: int, out_calls: bool, check
     operation = step.operations[index]
     call = operation.out_call if out_calls and operation.out_call is not None else operation.call
     reads = [memory.view(place) for place in operation.reads]
+    if out_calls and call is operation.out_call:
+        memory.take_over(index)
     writes = [memory.view(place) for place in operation.writes]
     returned = run_call(call, reads, writes)
     if call.results and len(returned) != len(call.results):
-        raise RuntimeError(f"{operation.name}: {call.overload} returned {len(returned)} tensors")
+        raise RuntimeError(f"{operation.name}: captured with {len(call.results)} results, got {len(returned)}")
     for value, place in zip(returned, call.results, strict=False):
         if place is None:
             continue
@@ -127,14 +129,11 @@ def _same_layout(value: Tensor, captured: CapturedTensor, memory: _Memory) -> bo
 
 
 class _Memory:
-    """A buffer of bytes for every storage."""
+    """A buffer of bytes for every storage, from its first use to its last."""
 
     def __init__(self, step: CapturedStep) -> None:
         self.step = step
-        self.buffers = [
-            torch.full((storage.size_bytes,), _POISON, dtype=torch.uint8, device=step.device)
-            for storage in step.storages
-        ]
+        self.buffers: dict[int, Tensor] = {}
         last: dict[int, int] = {}
         for index, operation in enumerate(step.operations):
             for place in (*operation.reads, *operation.writes):
@@ -146,10 +145,23 @@ class _Memory:
 
     def view(self, place: int) -> Tensor:
         tensor = self.step.tensors[place]
-        buffer = self.buffers[tensor.storage]
+        buffer = self.buffers.get(tensor.storage)
+        if buffer is None:
+            size_bytes = self.step.storages[tensor.storage].size_bytes
+            buffer = torch.full((size_bytes,), _POISON, dtype=torch.uint8, device=self.step.device)
+            self.buffers[tensor.storage] = buffer
         size = tensor.element_bytes
         usable = buffer[: buffer.numel() // size * size].view(tensor.dtype)
         return usable.as_strided(tensor.sizes, tensor.strides, tensor.offset_bytes // size)
+
+    def take_over(self, index: int) -> None:
+        """Let a write take the place of a read that dies in the operation, where the graph allows it."""
+        operation = self.step.operations[index]
+        for read, write in operation.inplace:
+            source = self.step.tensors[operation.reads[read]].storage
+            if source in self.dead_after.get(index, ()):
+                self.buffers[self.step.tensors[operation.writes[write]].storage] = self.buffers.pop(source)
+                return
 
     def is_box(self, tensor: CapturedTensor) -> bool:
         count = tensor.element_bytes
@@ -168,4 +180,6 @@ class _Memory:
 
     def release(self, index: int) -> None:
         for storage in self.dead_after.get(index, ()):
-            self.buffers[storage].fill_(_POISON)
+            buffer = self.buffers.pop(storage, None)
+            if buffer is not None:
+                buffer.fill_(_POISON)

@@ -83,8 +83,8 @@ class RecordedOperation:
 
     Attributes:
         overload, args, kwargs: the call; tensors are replaced by :class:`Read` and :class:`Write`.
-        results: for every tensor that the call returns, the position among ``writes`` that it is copied to, None where
-            it is not needed.
+        results: for everything that the call returns, in order, the position among ``writes`` that it is copied to, or
+            None.
         preload: pairs of positions (read, write): the read is copied to the write before the call, which updates it.
         mutates: positions in ``writes`` that update what is there.
     """
@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
         self._current: dict[int, int] = {}  # address of a storage to the index of its latest version
         self._alive: list[Any] = []  # keeps addresses from being used again
         self._constants: dict[int, tuple[Tensor, Tensor]] = {}
-        self._places: dict[Any, tuple[tuple[int, ...], ...]] = {}
+        self._places: dict[Any, tuple[tuple[int, str], ...]] = {}
 
     # --- what the caller declares -------------------------------------------------------------------------------------
 
@@ -244,7 +244,8 @@ class Recorder(TorchDispatchMode):
         return len(self.storages) - 1
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        returned = tree_leaves(result)
+        outputs = [leaf for leaf in returned if isinstance(leaf, Tensor)]
         for tensor in outputs:
             _require_plain(tensor)
         if func in _ALLOCATIONS:
@@ -254,10 +255,10 @@ class Recorder(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         mutated = self._mutated(func, args, kwargs)
-        fresh = [tensor.untyped_storage()._cdata not in known for tensor in outputs]
+        fresh = [isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known for leaf in returned]
         if not mutated and not any(fresh):
             return  # a view, or no tensor at all
-        _Call(self, func, args, kwargs, mutated, outputs, fresh).record()
+        _Call(self, func, args, kwargs, mutated, returned, fresh).record()
 
     def _mutated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Tensors among the arguments that the operator writes."""
@@ -267,10 +268,10 @@ class Recorder(TorchDispatchMode):
             name = schema.name.split("::")[1]
             if name in _REFUSED:
                 raise CaptureError(f"{func} changes the memory of a tensor, which a plan cannot follow")
-            written = tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.is_write)  # type: ignore[misc]
+            written = tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.is_write)
             self._places[func] = written
         found: list[Tensor] = []
-        for place, name in written:  # type: ignore[misc]
+        for place, name in written:
             value = args[place] if place < len(args) else kwargs.get(name)
             found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         if func in _BATCH_NORMS and args[_BATCH_NORMS[func][1]]:
@@ -288,11 +289,11 @@ class _Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         mutated: list[Tensor],
-        outputs: list[Tensor],
+        returned: list[Any],
         fresh: list[bool],
     ) -> None:
         self.recorder, self.func, self.args, self.kwargs = recorder, func, args, kwargs
-        self.mutated, self.outputs, self.fresh = mutated, outputs, fresh
+        self.mutated, self.returned, self.fresh = mutated, returned, fresh
         self.reads: list[Box] = []
         self.writes: list[Box] = []
         self.mutates: list[int] = []
@@ -320,8 +321,8 @@ class _Call:
         for tensor in self.mutated:
             updated.append((tensor, self._destination(tensor, reads.get(id(tensor)), functional is None)))
         results: list[int | None] = []
-        for tensor, is_fresh in zip(self.outputs, self.fresh, strict=True):
-            results.append(self._result(tensor) if is_fresh else None)
+        for value, is_fresh in zip(self.returned, self.fresh, strict=True):
+            results.append(self._result(value) if is_fresh else None)
         if functional is not None:
             func, results = functional, [updated[0][1].position]
             updated = []

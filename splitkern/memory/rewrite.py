@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import splitkern.ops  # noqa: F401  # registers the operators named below
 from splitkern.memory.record import Box, Read, RecordedOperation, RecordedStorage, Write
@@ -35,8 +35,8 @@ class Call:
 
     Attributes:
         overload, args, kwargs: the call; tensors are replaced by ``Read``, ``Write`` and ``Blank``.
-        results: for every tensor that it returns the position of the write that it is to be copied to, or None. Writes
-            named in the arguments are written by the call itself.
+        results: for everything that it returns, in order, the position of the write that it is to be copied to, or
+            None. Writes named in the arguments are written by the call itself.
         preload: pairs (read, write): the read is copied to the write before the call, which updates it there.
     """
 
@@ -172,7 +172,7 @@ def is_sum(operation: RecordedOperation) -> bool:
 
 def box_bytes(box: Box) -> int:
     """Bytes of the elements of a box; repeated elements (stride 0) count once."""
-    count = box.dtype.itemsize
+    count: int = box.dtype.itemsize
     for size, stride in zip(box.sizes, box.strides_bytes, strict=True):
         count *= size if stride != 0 or size == 0 else 1
     return count
@@ -243,7 +243,15 @@ def split_convolution_backward(operation: RecordedOperation) -> list[RecordedOpe
                 reads.append(box)
             args[place] = Read(reads.index(box))
         args[10] = [gradient == other for other in range(3)]
-        parts.append(replace(operation, args=tuple(args), reads=reads, writes=[next(written)], results=(0,)))
+        parts.append(
+            replace(
+                operation,
+                args=tuple(args),
+                reads=reads,
+                writes=[next(written)],
+                results=tuple(0 if gradient == other else None for other in range(3)),
+            )
+        )
     return parts
 
 
@@ -385,7 +393,9 @@ def out_call(operation: RecordedOperation) -> Call | None:
     overload, args, kwargs = operation.overload, operation.args, operation.kwargs
     if not any(result is not None for result in operation.results):
         return None if operation.preload else original_call(operation)
-    if operation.mutates or len(operation.results) != len(operation.writes):
+    if operation.mutates or [place for place in operation.results if place is not None] != list(
+        range(len(operation.writes))
+    ):
         return None
     builder = _BUILDERS.get(overload)
     if builder is not None:
@@ -455,7 +465,7 @@ def run_call(call: Call, reads: Sequence[torch.Tensor], writes: Sequence[torch.T
     """Run a call on tensors; what it returns is left to the caller to copy.
 
     Returns:
-        The tensors that the call returned, in order.
+        What the call returned, in order.
     """
     device = (reads or writes)[0].device if reads or writes else torch.device("cpu")
 
@@ -469,14 +479,4 @@ def run_call(call: Call, reads: Sequence[torch.Tensor], writes: Sequence[torch.T
     given = tree_map_only(Read, lambda r: reads[r.position], given)
     args, kwargs = tree_map_only(Write, lambda w: writes[w.position], given)
     result = call.overload(*args, **kwargs)
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [leaf for leaf in _flat(result) if isinstance(leaf, torch.Tensor)]
-
-
-def _flat(value: Any) -> Iterable[Any]:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
+    return tree_leaves(result)
