@@ -61,7 +61,8 @@ class CostModel:
         offload_gbps, prefetch_gbps: link to and from pinned host memory, in 10^9 bytes per second.
         copy_latency_us: time of a copy of nothing.
         other: rates of the operations that `rates` does not name.
-        rates: rates by target.
+        rates: rates by target, or by the name of the call where one target has several
+            ("splitkern.patch_batch_norm_backward_apply.default").
     """
 
     name: str
@@ -98,7 +99,8 @@ class CostModel:
             raise ValueError(
                 f"flop and bytes of {operation.target} must not be negative, got {operation.flop} and {operation.bytes}"
             )
-        rates = self.rates.get(operation.target, self.other)
+        call = str(getattr(getattr(operation, "call", None), "overload", operation.target))
+        rates = self.rates.get(call) or self.rates.get(operation.target, self.other)
         matmul_us = operation.flop / (self.matmul_tflops * rates.matmul_share * 1e6)
         memory_us = operation.bytes * rates.traffic / (self.memory_gbps * rates.memory_share * 1e3)
         return rates.overhead_us + max(matmul_us, memory_us)
@@ -109,9 +111,14 @@ class CostModel:
 
 
 # A BatchNorm reads its input for the statistics and again to normalise it (3 passes where reads and writes count 2);
-# its backward reads both operands twice (5 where they count 3). bench/results counts the same passes.
+# its backward reads both operands twice (5 where they count 3), in one call or in two. bench/results counts the same
+# passes.
 _BATCH_NORM_TRAFFIC = 3 / 2
 _BATCH_NORM_BACKWARD_TRAFFIC = 5 / 3
+_BATCH_NORM_BACKWARD_CALLS = (
+    "splitkern.patch_batch_norm_backward_reduce.default",
+    "splitkern.patch_batch_norm_backward_apply.default",
+)
 
 PAPER = CostModel(
     name="paper",
@@ -134,6 +141,7 @@ PAPER = CostModel(
         {
             "batch_norm": Rates(memory_share=0.75, traffic=_BATCH_NORM_TRAFFIC, overhead_us=5.0),
             "batch_norm_backward": Rates(memory_share=0.75, traffic=_BATCH_NORM_BACKWARD_TRAFFIC, overhead_us=5.0),
+            **dict.fromkeys(_BATCH_NORM_BACKWARD_CALLS, Rates(memory_share=0.75, overhead_us=5.0)),
         }
     ),
 )
@@ -172,6 +180,7 @@ H200_BF16 = CostModel(
             "avg_pool2d_backward": Rates(memory_share=0.80, overhead_us=4.0),
             "batch_norm": Rates(memory_share=0.65, traffic=_BATCH_NORM_TRAFFIC, overhead_us=13.5),
             "batch_norm_backward": Rates(memory_share=0.55, traffic=_BATCH_NORM_BACKWARD_TRAFFIC, overhead_us=21.5),
+            **dict.fromkeys(_BATCH_NORM_BACKWARD_CALLS, Rates(memory_share=0.55, overhead_us=21.5 / 2)),
         }
     ),
 )

@@ -14,7 +14,6 @@ from splitkern.memory.report import (
     HOST,
     OFFLOAD,
     PARAMETERS,
-    UNLIMITED,
     PlanView,
     Role,
     bytes_text,
@@ -180,7 +179,7 @@ def scene_of_plan(view: PlanView, timeline: Timeline) -> Scene:
     device_peak = base + int(predicted.device_peak_bytes)
     bound = base + int(predicted.device_lower_bound_bytes)
     levels = [Level(bound, f"lower bound {bytes_text(bound)}", False)]
-    if limits.device_bytes != UNLIMITED:
+    if limits.device_bytes is not None:
         levels.append(Level(limits.device_bytes, f"budget {bytes_text(limits.device_bytes)}", True))
     device = Panel(
         f"device memory: peak {bytes_text(device_peak)}, budget {_limit_text(limits.device_bytes)}",
@@ -198,7 +197,7 @@ def scene_of_plan(view: PlanView, timeline: Timeline) -> Scene:
                 predicted.host_lower_bound_bytes, f"lower bound {bytes_text(predicted.host_lower_bound_bytes)}", False
             )
         ]
-        if limits.host_bytes != UNLIMITED:
+        if limits.host_bytes is not None:
             host_levels.append(Level(limits.host_bytes, f"budget {bytes_text(limits.host_bytes)}", True))
         top = _axis_end(peak, [level.value for level in host_levels])
         title = f"pinned host memory: peak {bytes_text(peak)}, budget {_limit_text(limits.host_bytes)}"
@@ -265,8 +264,8 @@ def scene_of_placement(
     )
 
 
-def _limit_text(limit_bytes: int) -> str:
-    return "none" if limit_bytes == UNLIMITED else bytes_text(limit_bytes)
+def _limit_text(limit_bytes: int | None) -> str:
+    return "none" if limit_bytes is None else bytes_text(limit_bytes)
 
 
 def _ratio(peak: int, bound: int) -> str:

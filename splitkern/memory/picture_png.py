@@ -57,19 +57,24 @@ def write_png(path: Path, scene: Scene, *, width_inches: float = 16.0, height_in
 
 def _draw_panel(axes: Any, panel: Panel, scene: Scene, scale: float) -> None:
     from matplotlib.collections import PolyCollection
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MultipleLocator
 
     # Narrower than a dot a rectangle would vanish; kinds with few and narrow ones (stalls) matter most.
     narrowest = (scene.end - scene.begin) / 2400
-    for kind in [kind for kind in KINDS if any(one.kind == kind for one in panel.rectangles)]:
-        corners = []
-        for one in panel.rectangles:
-            if one.kind == kind:
-                left, right = one.left * scale, max(one.right, one.left + narrowest) * scale
-                corners.append([(left, one.bottom), (left, one.top), (right, one.top), (right, one.bottom)])
-        edge = "none" if panel.tracks else "white"
-        width = 0.0 if panel.tracks else max(0.05, min(0.5, 60 / len(panel.rectangles)))
-        axes.add_collection(PolyCollection(corners, facecolor=KINDS[kind][0], edgecolor=edge, linewidth=width))
+    # Neighbours of one kind are told apart by two shades: edges would hide what is a few dots high.
+    drawn: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
+    for index, one in enumerate(panel.rectangles):
+        left, right = one.left * scale, max(one.right, one.left + narrowest) * scale
+        corners = [(left, one.bottom), (left, one.top), (right, one.top), (right, one.bottom)]
+        drawn.setdefault((one.kind, 0 if panel.tracks else index % 2), []).append(corners)
+    edge: dict[str, Any] = (
+        {"edgecolor": "white", "linewidth": 0.5} if len(panel.rectangles) < 150 and not panel.tracks else {}
+    )
+    for kind in KINDS:
+        for shade in (0, 1):
+            if (kind, shade) in drawn:
+                face = _lighter(KINDS[kind][0], 0.22 * shade)
+                axes.add_collection(PolyCollection(drawn[kind, shade], facecolor=face, **(edge or {"linewidth": 0})))
     axes.set_ylim(0, panel.top)
     axes.set_title(panel.title, loc="left", fontsize=9.5, pad=4)
     for side in ("top", "right"):
@@ -78,6 +83,7 @@ def _draw_panel(axes: Any, panel: Panel, scene: Scene, scale: float) -> None:
         axes.set_yticks([row + 0.5 for row in range(len(panel.tracks))], labels=panel.tracks)
         axes.tick_params(axis="y", length=0)
         return
+    axes.yaxis.set_major_locator(MultipleLocator(_tick_bytes(panel.top, count=round(2 + 1.2 * panel.share))))
     axes.yaxis.set_major_formatter(FuncFormatter(_axis_text(panel.top)))
     axes.set_ylabel("address")
     for level in panel.levels:
@@ -98,6 +104,20 @@ def _draw_panel(axes: Any, panel: Panel, scene: Scene, scale: float) -> None:
             zorder=5,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )
+
+
+def _lighter(color: str, share: float) -> tuple[float, float, float]:
+    """A colour mixed with that share of white."""
+    red, green, blue = (int(color[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share
+
+
+def _tick_bytes(top: float, count: int) -> float:
+    """The smallest power of two that cuts the axis into at most `count` parts."""
+    step = 1.0
+    while top / step > count:
+        step *= 2
+    return step
 
 
 def _axis_text(top: float) -> Any:

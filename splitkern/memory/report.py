@@ -19,7 +19,7 @@ WORKSPACE_STORAGE = -1
 _UNITS: dict[str, int] = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter + "b": int(1e3**_power), _letter + "ib": 1 << 10 * _power, _letter: 1 << 10 * _power}
-UNLIMITED = 2**63 - 1
+_LARGEST = 2**63 - 1
 
 
 def parse_bytes(text: str) -> int:
@@ -45,7 +45,7 @@ def parse_bytes(text: str) -> int:
     if numerator % denominator:
         raise ValueError(f"must be a whole number of bytes, got {text!r}")
     value = numerator // denominator
-    if value >= UNLIMITED:
+    if value >= _LARGEST:
         raise ValueError(f"must be below 2^63 bytes, got {text!r}")
     return value
 
@@ -57,7 +57,7 @@ def bytes_text(size_bytes: int | None) -> str:
         >>> bytes_text(1536)
         '1.5 KiB'
     """
-    if size_bytes is None or size_bytes == UNLIMITED:
+    if size_bytes is None:
         return "unlimited"
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -359,9 +359,7 @@ def report(view: PlanView, copies_us: Iterable[tuple[float, float]]) -> PlanRepo
     pools = (
         PoolReport(DEVICE, predicted.device_peak_bytes, predicted.device_lower_bound_bytes, None),
         PoolReport(PARAMETERS, predicted.parameters_peak_bytes, parameters_live, None),
-        PoolReport(
-            HOST, predicted.host_peak_bytes, predicted.host_lower_bound_bytes, _none_if_unlimited(limits.host_bytes)
-        ),
+        PoolReport(HOST, predicted.host_peak_bytes, predicted.host_lower_bound_bytes, limits.host_bytes),
     )
     moved_bytes, busy_us = {OFFLOAD: 0, PREFETCH: 0}, {OFFLOAD: 0.0, PREFETCH: 0.0}
     prefetches: dict[int, int] = {}
@@ -392,8 +390,8 @@ def report(view: PlanView, copies_us: Iterable[tuple[float, float]]) -> PlanRepo
         planned_storages=len(view.names),
         fused_sums=len(plan.fused),
         strategy=plan.strategy,
-        device_limit_bytes=_none_if_unlimited(limits.device_bytes),
-        host_limit_bytes=_none_if_unlimited(limits.host_bytes),
+        device_limit_bytes=limits.device_bytes,
+        host_limit_bytes=limits.host_bytes,
         offload_gbps=limits.offload_gbps,
         prefetch_gbps=limits.prefetch_gbps,
         pools=pools,
@@ -415,10 +413,6 @@ def report(view: PlanView, copies_us: Iterable[tuple[float, float]]) -> PlanRepo
             )
         ),
     )
-
-
-def _none_if_unlimited(limit_bytes: int) -> int | None:
-    return None if limit_bytes == UNLIMITED else limit_bytes
 
 
 def _limit(pool: PoolReport) -> str:

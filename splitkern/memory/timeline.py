@@ -36,6 +36,15 @@ class Timeline:
     copies: Sequence[Span]
     step_us: float
 
+    @classmethod
+    def of(cls, simulated: Any) -> Timeline:
+        """From what `_core.simulate` returns."""
+        return cls(
+            [Span(span.begin_us, span.end_us) for span in simulated.instances],
+            [Span(span.begin_us, span.end_us) for span in simulated.copies],
+            simulated.step_us,
+        )
+
     def boundaries_us(self) -> list[float]:
         """When the compute stream has passed each boundary and its waits: instances + 1 times, never falling."""
         return [*(span.begin_us for span in self.instances), self.step_us]
