@@ -308,14 +308,19 @@ def measure_link(device: torch.device, *, size_bytes: int = 128 << 20, rounds: i
             raise ValueError(f"{name} must be at least 1, got {value}")
     on_device = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
     on_host = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    directions = ((on_device, on_host), (on_host, on_device))
     copy_ms = _cuda_copy_ms if device.type == "cuda" else _host_copy_ms
-    rates = []
-    for computing in (False, True):
-        for source, target in directions:
-            times_ms = [copy_ms(source, target, device, computing) for _ in range(rounds + 1)]
-            rates.append(size_bytes / (statistics.median(times_ms[1:]) * 1e6))
-    return LinkRates(*rates, size_bytes=size_bytes)
+
+    def gbps(source: torch.Tensor, target: torch.Tensor, computing: bool) -> float:
+        times_ms = [copy_ms(source, target, device, computing) for _ in range(rounds + 1)]
+        return size_bytes / (statistics.median(times_ms[1:]) * 1e6)
+
+    return LinkRates(
+        offload_gbps=gbps(on_device, on_host, False),
+        prefetch_gbps=gbps(on_host, on_device, False),
+        offload_computing_gbps=gbps(on_device, on_host, True),
+        prefetch_computing_gbps=gbps(on_host, on_device, True),
+        size_bytes=size_bytes,
+    )
 
 
 def _host_copy_ms(source: torch.Tensor, target: torch.Tensor, device: torch.device, computing: bool) -> float:
