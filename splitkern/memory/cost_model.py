@@ -153,8 +153,8 @@ H200_BF16 = CostModel(
         "788 TFLOP/s, 4285 GB/s and 55.3 GB/s each way: ceilings of bench/results/nvidia-h200-2026-11-26.json "
         "(product of 8192x8192 matrices, copy of 2 GiB on the device, copies of 512 MiB from and to pinned memory)",
         "shares and overheads: per kind of operation, fitted to the times of its rows in the same file, layer by layer "
-        "and patch by patch (least squares of the logarithm). Geometric means of predicted over measured lie within 2 % "
-        "per kind, single rows within 5 to 31 % (rms); the first layer of ResNet-50 is the worst, by up to a factor of 3",
+        "and patch by patch (least squares of the logarithm). Geometric means of predicted over measured lie within "
+        "2 % per kind, single rows within 5 to 31 % (rms); worst is ResNet-50's first layer, by up to a factor of 3",
         "relu, add and the rest: as pooling in forward, which streams as they do; mm, addmm: as a convolution",
         "8 µs per copy: from the rows of 12.8 MB and 3.2 MB of the same file",
         "16 GiB: not the device's memory (141 GB) but the budget that this project's targets name",
