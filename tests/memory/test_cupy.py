@@ -256,7 +256,7 @@ def test_the_classes_of_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arrays_of_cupy_on_a_gpu() -> None:
     cupy = real_cupy()
     core: Any = pytest.importorskip("splitkern._core")
-    pool = core.Pool.cuda(0, limit_bytes=1 << 28)
+    pool = core.Pool.device(0, limit_bytes=1 << 28)
     allocate: Callable[[int], Any] = CuPyAllocator(pool)
     with cupy.cuda.using_allocator(allocate):
         total = 0
@@ -265,5 +265,5 @@ def test_arrays_of_cupy_on_a_gpu() -> None:
                 total += int((cupy.arange(1 << 20) + round_).sum())
     assert total == 8 * sum(range(1 << 20)) + (1 << 20) * sum(range(8))
     gc.collect()
-    assert pool.statistics().dynamic.current_bytes == 0
-    assert pool.statistics().dynamic.total_count > 0
+    assert pool.statistics.dynamic.current_bytes == 0
+    assert pool.statistics.dynamic.total_count > 0
