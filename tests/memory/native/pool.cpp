@@ -222,8 +222,8 @@ CHECK_NAMED(pool_stream_order,
 }
 
 CHECK_NAMED(pool_stream_wait, "pool: at the limit another stream is made to wait for the free, and really does") {
-  StreamFixture f({.limit_bytes = 1 * kKiB, .block_bytes = 1 * kKiB});
   std::vector<std::string> ran;
+  StreamFixture f({.limit_bytes = 1 * kKiB, .block_bytes = 1 * kKiB});
   void* const one = f.pool->allocate(kKiB, 0);
   f.streams->put(0, [&] { ran.push_back("before the free"); });
   f.pool->free(one, 0);
