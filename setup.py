@@ -1,7 +1,8 @@
-"""Builds the native library by calling CMake (CMakeLists.txt defines the build) and packs it as ``splitkern/_ops.so``.
+"""Builds the native libraries by calling CMake (CMakeLists.txt defines the build) and packs them into ``splitkern/``.
 
-The library holds no Python symbol and uses only torch's stable ABI, so one wheel serves every supported Python and
-torch: it is tagged ``py3-none-<platform>``.
+``_ops.so`` holds no Python symbol and uses only torch's stable ABI: one file serves every supported Python and torch.
+``_core`` is a Python extension module (pybind11) for the Python that builds it, and does not know torch. A wheel is
+therefore for one Python and every supported torch.
 
 Read from the environment, at build time only: ``CUDA_HOME``, ``CC``, ``CXX``, ``CUDACXX``, ``CMAKE_ARGS`` (more
 arguments for CMake, e.g. ``-DSPLITKERN_CUDA=OFF`` or ``-DCMAKE_CUDA_ARCHITECTURES=90a-real``) and
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -27,12 +29,12 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build"
+LIBRARIES = ("_ops.so", f"_core{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 def find_tool(name: str) -> str:
@@ -60,13 +62,21 @@ def find_torch() -> Path:
     return Path(spec.origin).parent
 
 
+def find_pybind11() -> Path:
+    """Returns the folder of pybind11's CMake package."""
+    spec = importlib.util.find_spec("pybind11")
+    if spec is None or spec.origin is None:
+        raise SystemExit("splitkern: the build needs pybind11: pip install 'pybind11>=3,<4'")
+    return Path(spec.origin).parent / "share" / "cmake" / "pybind11"
+
+
 def run(command: list[str]) -> None:
     if subprocess.run(command).returncode != 0:
         raise SystemExit(f"splitkern: the native build failed: {shlex.join(command)}")
 
 
-def build_library(version: str) -> Path:
-    """Configures and builds in ``build/`` (incremental), and returns the path of the library."""
+def build_libraries(version: str) -> list[Path]:
+    """Configures and builds in ``build/`` (incremental), and returns the paths of the libraries."""
     torch_folder = find_torch()
     arguments = [
         "-G",
@@ -76,6 +86,8 @@ def build_library(version: str) -> Path:
         f"-DSPLITKERN_TORCH_INCLUDE={torch_folder / 'include'}",
         f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
         f"-DSPLITKERN_VERSION={version}",
+        f"-Dpybind11_DIR={find_pybind11()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     cmake = find_tool("cmake")
@@ -94,26 +106,28 @@ def build_library(version: str) -> Path:
             key_file.unlink(missing_ok=True)
             run(configure)
             key_file.write_text(key)
-        run([cmake, "--build", str(BUILD), "--target", "_ops", "--parallel", jobs])
-    return BUILD / "_ops.so"
+        run([cmake, "--build", str(BUILD), "--target", "_ops", "_core", "--parallel", jobs])
+    return [BUILD / name for name in LIBRARIES]
 
 
 class CMakeBuild(build_ext):
-    """Builds the library and copies it to where setuptools wants it: the source tree (editable) or the wheel's tree."""
+    """Builds the libraries and copies them to where setuptools wants them: the source tree (editable) or the wheel's."""
 
     def run(self) -> None:
-        library = build_library(self.distribution.get_version())
+        libraries = build_libraries(self.distribution.get_version())
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        target = package / "splitkern" / "_ops.so"
-        if target.is_file() and target.read_bytes() == library.read_bytes():
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"_ops.so.{os.getpid()}")  # renamed into place: running processes keep their file
-        shutil.copyfile(library, partial)
-        partial.replace(target)
+        for library in libraries:
+            target = package / "splitkern" / library.name
+            if target.is_file() and target.read_bytes() == library.read_bytes():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Renamed into place: running processes keep their file.
+            partial = target.with_name(f"{library.name}.{os.getpid()}")
+            shutil.copyfile(library, partial)
+            partial.replace(target)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "splitkern" / "_ops.so")]
+        return [str(Path(self.build_lib) / "splitkern" / name) for name in LIBRARIES]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -127,17 +141,10 @@ class CleanBuild(build):
         super().run()
 
 
-class StableWheel(bdist_wheel):
-    """Tags the wheel as needing this platform, but no particular Python."""
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
-
-
 setup(
     # Never compiled by setuptools; it only says that the package is not pure Python.
-    ext_modules=[Extension("splitkern._ops", sources=[])],
-    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+    ext_modules=[Extension("splitkern._core", sources=[])],
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
     options={"build": {"build_base": "build/python"}},
     zip_safe=False,
 )

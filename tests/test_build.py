@@ -346,7 +346,8 @@ def test_a_wheel_installs_and_runs_where_there_is_no_compiler(tmp_path: Path):
     built = subprocess.run(build, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name == f"splitkern-{sk.__version__}-py3-none-linux_x86_64.whl"
+    python_tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name == f"splitkern-{sk.__version__}-{python_tag}-{python_tag}-linux_x86_64.whl"
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)

@@ -84,13 +84,18 @@ struct Graph {
   bool operator==(const Graph&) const = default;
 };
 
+// All storages of a graph together, and each workspace, are at most this: sums of a few of them stay within int64.
+inline constexpr int64_t kMaxGraphBytes = int64_t{1} << 60;
+
 // Throws InvalidArgument with the first rule that the graph breaks: index out of range, duplicate name, negative or
-// overflowing size, a tensor beyond its storage, an in-place pair of unequal boxes, a tensor that is read before every
-// byte of it was written, a write to a parameter or input that is not a mutation, a mutation that is not read, a
-// duration that is negative or not finite. An operation that depends on a later one is a read before a write.
+// overflowing size, a tensor beyond its storage, an in-place pair of unequal boxes, a sum of unequal sizes, a tensor
+// that is read before every byte of it was written, a write to a parameter or input that is not a mutation, a mutation
+// that is not read, two writes of one operation that overlap, a duration that is negative or not finite. An operation
+// that depends on a later one is a read before a write.
 void require_valid(const Graph& graph);
 
 // A digest of everything that a plan depends on (all but names of modules, segments and the graph): plans carry it.
+// 32 hexadecimal digits, the same on every machine; it tells graphs apart, it does not withstand forgery.
 std::string fingerprint(const Graph& graph);
 
 }  // namespace splitkern::memory

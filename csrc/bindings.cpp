@@ -1,0 +1,63 @@
+// The Python extension module splitkern._core: the memory library for Python. Here are the module and its exceptions;
+// the classes are in csrc/bindings/. Knows nothing of torch.
+#include <pybind11/pybind11.h>
+
+#include "bindings/value_types.h"
+#include "memory/errors.h"
+
+namespace py = pybind11;
+using namespace splitkern::memory;
+
+namespace {
+
+PyObject* new_exception(py::module_& module, const char* name, PyObject* base, const char* documentation) {
+  const std::string qualified = std::string("splitkern._core.") + name;
+  PyObject* type = PyErr_NewExceptionWithDoc(qualified.c_str(), documentation, base, nullptr);
+  if (type == nullptr) throw py::error_already_set();
+  module.add_object(name, py::reinterpret_borrow<py::object>(type));
+  return type;  // lives as long as the process
+}
+
+PyObject* invalid_argument = nullptr;
+PyObject* parse_error = nullptr;
+PyObject* infeasible = nullptr;
+
+py::object make(PyObject* type, const std::exception& error) { return py::handle(type)(error.what()); }
+
+void translate(std::exception_ptr pointer) {
+  if (!pointer) return;
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const ParseError& error) {
+    const py::object made = make(parse_error, error);
+    made.attr("line") = error.line;
+    made.attr("column") = error.column;
+    PyErr_SetObject(parse_error, made.ptr());
+  } catch (const Infeasible& error) {
+    const py::object made = make(infeasible, error);
+    made.attr("pool") = error.pool;
+    made.attr("budget_bytes") = error.budget_bytes;
+    made.attr("smallest_feasible_bytes") = error.smallest_feasible_bytes;
+    PyErr_SetObject(infeasible, made.ptr());
+  } catch (const InvalidArgument& error) {
+    PyErr_SetString(invalid_argument, error.what());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The memory planner and pool of splitkern: graphs, plans, placement, validation. Bytes and microseconds.";
+  module.attr("__version__") = SPLITKERN_VERSION;
+  invalid_argument = new_exception(module, "InvalidArgument", PyExc_ValueError,
+                                   "A graph, plan, limit or argument that breaks a rule of its type.");
+  parse_error = new_exception(module, "ParseError", PyExc_ValueError,
+                              "Text that cannot be read; `line` and `column` count from 1.");
+  infeasible = new_exception(module, "Infeasible", PyExc_RuntimeError,
+                             "No plan fits the budget: `pool`, `budget_bytes`, `smallest_feasible_bytes`.");
+  py::register_local_exception_translator(&translate);
+
+  using namespace splitkern::bindings;
+  define_graph(module);
+  define_plan(module);
+}
