@@ -141,6 +141,42 @@ class Scheduler::State {
     return result_;
   }
 
+  int32_t offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order, int64_t device_bytes) {
+    const int32_t never = static_cast<int32_t>(order.size()) + 1;
+    if (!build(decisions)) return never;
+    find_transfers(decisions);
+    profile();
+    const std::vector<int64_t> alone = live_bytes_;
+    const auto fits = [&](int32_t taken) {
+      change_.assign(count() + 1, 0);
+      for (int32_t index = 0; index < taken; ++index) {
+        const int32_t storage = order[index];
+        const auto [leaves, returns] = absence(storage);
+        if (decisions[storage] != Decision::kKeep || leaves >= returns) continue;
+        change_[leaves] -= live_.bytes[storage];
+        change_[returns] += live_.bytes[storage];
+      }
+      int64_t more = 0;
+      for (int32_t boundary = 0; boundary < count(); ++boundary) {
+        more += change_[boundary];
+        if (alone[boundary] + more > device_bytes) return false;
+      }
+      return true;
+    };
+    int32_t low = 0;
+    int32_t high = never;  // the least that is known to do
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (fits(std::min(middle, never - 1))) {
+        high = middle;
+      } else {
+        if (middle >= never - 1) return never;
+        low = middle + 1;
+      }
+    }
+    return high;
+  }
+
   int64_t work() const { return work_; }
 
  private:
@@ -287,19 +323,24 @@ class Scheduler::State {
     return true;
   }
 
+  // The longest time that a storage can be off the device, in boundaries; the second is before the first where it cannot.
+  std::pair<int32_t, int32_t> absence(int32_t storage) const {
+    return {std::max(live_.last_forward[storage] + 1, live_.last_forward_write[storage] + 2), back_[storage] - 1};
+  }
+
   // A copy is waited for at a later boundary than it is issued at, and the prefetch is issued at or after the wait for
   // the offload: shorter gaps are kept.
   void find_transfers(std::span<const Decision> decisions) {
     for (int32_t storage : by_write_) {
       if (decisions[storage] != Decision::kOffload) continue;
-      const int32_t soonest = std::max(live_.last_forward[storage] + 1, live_.last_forward_write[storage] + 2);
-      if (soonest > back_[storage] - 1) continue;
+      const auto [leaves, returns] = absence(storage);
+      if (leaves >= returns) continue;
       const int32_t episode = episode_of_[storage];
       result_.episodes[episode].transfer = static_cast<int32_t>(result_.transfers.size());
       result_.transfers.push_back({.episode = episode,
                                    .offload_issue = live_.last_forward_write[storage] + 1,
-                                   .offload_wait = soonest,
-                                   .prefetch_issue = back_[storage] - 1,
+                                   .offload_wait = leaves,
+                                   .prefetch_issue = returns,
                                    .prefetch_wait = back_[storage]});
     }
     by_need_.resize(result_.transfers.size());
@@ -563,7 +604,7 @@ class Scheduler::State {
   std::vector<int32_t> marked_, burst_;
   // Per boundary.
   std::vector<double> clock_;
-  std::vector<int64_t> live_bytes_;
+  std::vector<int64_t> live_bytes_, change_;
   RangeMax tree_;
   std::vector<int32_t> releases_;  // first of a list through next_release_
   // Per transfer.
@@ -581,6 +622,10 @@ const Schedule& Scheduler::run(std::span<const Decision> decisions, CopyPolicy p
   return state_->run(decisions, policy, device_bytes, host_bytes);
 }
 const Schedule& Scheduler::measure(std::span<const Decision> decisions) { return state_->measure(decisions); }
+int32_t Scheduler::offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order,
+                                   int64_t device_bytes) {
+  return state_->offloads_needed(decisions, order, device_bytes);
+}
 int64_t Scheduler::work() const { return state_->work(); }
 
 }  // namespace splitkern::memory

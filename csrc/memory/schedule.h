@@ -86,6 +86,11 @@ class Scheduler {
   // Instances and least_device_bytes alone: a fraction of the work, for searches for what fits at all.
   const Schedule& measure(std::span<const Decision> decisions);
 
+  // How many of `order`, from its front, must be offloaded beside the decisions for the live bytes to fit; more than there
+  // are if all do not help. Those that are offloaded anyway count without being asked for. What measure() says of the
+  // decisions without them is in `least_device_bytes`.
+  int32_t offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order, int64_t device_bytes);
+
   // Instances that all calls so far have scheduled.
   int64_t work() const;
 
