@@ -1,6 +1,6 @@
-// What the decisions of a plan rest on: which operations run, which planned storages they touch, what is saved across the
-// turn from forward to backward, and what can be computed again. Made once per plan() from a valid graph; read by the
-// scheduler and the strategies. Positions of operations that run are called steps: a fused sum has none.
+// What the decisions of a plan rest on: which operations run, which planned storages they touch, what is saved across
+// the turn from forward to backward, and what can be computed again. Made once per plan() from a valid graph; read by
+// the scheduler and the strategies. Positions of operations that run are called steps: a fused sum has none.
 #pragma once
 
 #include <cstdint>
@@ -53,15 +53,15 @@ struct Liveness {
   std::vector<int64_t> bytes;  // aligned
   std::vector<char> resident;  // parameters pool: never moved
   std::vector<char> output;
-  std::vector<int32_t> first_access;        // steps; -1: never accessed
+  std::vector<int32_t> first_access;  // steps; -1: never accessed
   std::vector<int32_t> last_access;
-  std::vector<int32_t> last_forward;        // last access before the turn; -1: none
+  std::vector<int32_t> last_forward;  // last access before the turn; -1: none
   std::vector<int32_t> last_forward_write;
-  std::vector<int32_t> first_backward;      // first access at or after the turn; -1: none
-  std::vector<char> saved;                  // a movable activation accessed on both sides of the turn
-  std::vector<char> recomputable;           // by its writers before the turn
-  std::vector<double> recompute_us;         // of these writers, and of what they need that nothing saves
-  Rows<int32_t> writers;                    // steps before the turn
+  std::vector<int32_t> first_backward;  // first access at or after the turn; -1: none
+  std::vector<char> saved;              // a movable activation accessed on both sides of the turn
+  std::vector<char> recomputable;       // by its writers before the turn
+  std::vector<double> recompute_us;     // of these writers, and of what they need that nothing saves
+  Rows<int32_t> writers;                // steps before the turn
 
   int64_t resident_bytes = 0;  // sum over the parameters pool
 

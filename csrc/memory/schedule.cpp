@@ -323,7 +323,8 @@ class Scheduler::State {
     return true;
   }
 
-  // The longest time that a storage can be off the device, in boundaries; the second is before the first where it cannot.
+  // The longest time that a storage can be off the device, in boundaries; the second is before the first where it
+  // cannot.
   std::pair<int32_t, int32_t> absence(int32_t storage) const {
     return {std::max(live_.last_forward[storage] + 1, live_.last_forward_write[storage] + 2), back_[storage] - 1};
   }
@@ -410,9 +411,9 @@ class Scheduler::State {
     return std::min<int32_t>(static_cast<int32_t>(found - clock_.begin()), count());
   }
 
-  // CopyPolicy::kBudget. Goes through the boundaries with the three streams' clocks. tree_ holds the live bytes of every
-  // boundary: what lies behind is history, what lies ahead is the least that must be there, with offloads at their
-  // predicted ends. A prefetch is issued early only where all that lies ahead still fits with it.
+  // CopyPolicy::kBudget. Goes through the boundaries with the three streams' clocks. tree_ holds the live bytes of
+  // every boundary: what lies behind is history, what lies ahead is the least that must be there, with offloads at
+  // their predicted ends. A prefetch is issued early only where all that lies ahead still fits with it.
   bool follow_budget(int64_t device_bytes) {
     tree_.assign(live_bytes_);
     find_latest_issues();
@@ -429,9 +430,9 @@ class Scheduler::State {
     double now = 0;
     double offload_link = 0;
     double prefetch_link = 0;
-    int32_t oldest = 0;           // offload not released, in order of issue
-    int32_t issued = 0;           // offloads
-    size_t next_prefetch = 0;     // in order of need
+    int32_t oldest = 0;        // offload not released, in order of issue
+    int32_t issued = 0;        // offloads
+    size_t next_prefetch = 0;  // in order of need
     size_t next_arrival = 0;
     const auto release = [&](int32_t index, int32_t boundary) {
       Transfer& transfer = transfers[index];
@@ -454,7 +455,8 @@ class Scheduler::State {
       for (int32_t index = releases_[boundary]; index >= 0; index = next_release_[index]) {
         if (!is_released_[index]) release(index, boundary);
       }
-      for (; next_arrival < by_need_.size() && transfers[by_need_[next_arrival]].prefetch_wait == boundary; ++next_arrival)
+      for (; next_arrival < by_need_.size() && transfers[by_need_[next_arrival]].prefetch_wait == boundary;
+           ++next_arrival)
         now = std::max(now, prefetch_end_[by_need_[next_arrival]]);
       if (boundary == count()) break;
       // A slot that the next instance needs the copy out of.
@@ -475,7 +477,8 @@ class Scheduler::State {
         offload_link = std::max(offload_link, now) + us(transfer, CopyKind::kOffload);
         offload_end_[issued] = offload_link;
         const int32_t soonest = soonest_[issued];
-        transfer.offload_wait = std::clamp(boundary_after(offload_link, boundary, now), soonest, transfer.prefetch_wait - 1);
+        transfer.offload_wait =
+            std::clamp(boundary_after(offload_link, boundary, now), soonest, transfer.prefetch_wait - 1);
         tree_.add(soonest, transfer.offload_wait, bytes_of(transfer));
         next_release_[issued] = releases_[transfer.offload_wait];
         releases_[transfer.offload_wait] = issued;
@@ -540,7 +543,8 @@ class Scheduler::State {
       return copy % 2 == 0 ? transfer.offload_wait : transfer.prefetch_wait;
     };
     // Of one boundary: offloads in order of writing, prefetches in order of need.
-    for (size_t index = 0; index < transfers.size(); ++index) result_.issue_order.push_back(static_cast<int32_t>(2 * index));
+    for (size_t index = 0; index < transfers.size(); ++index)
+      result_.issue_order.push_back(static_cast<int32_t>(2 * index));
     for (int32_t index : by_need_) result_.issue_order.push_back(2 * index + 1);
     std::ranges::stable_sort(result_.issue_order, {}, issue);
     std::vector<int32_t> waits(copies);
@@ -621,11 +625,15 @@ const Schedule& Scheduler::run(std::span<const Decision> decisions, CopyPolicy p
                                int64_t host_bytes) {
   return state_->run(decisions, policy, device_bytes, host_bytes);
 }
-const Schedule& Scheduler::measure(std::span<const Decision> decisions) { return state_->measure(decisions); }
+const Schedule& Scheduler::measure(std::span<const Decision> decisions) {
+  return state_->measure(decisions);
+}
 int32_t Scheduler::offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order,
                                    int64_t device_bytes) {
   return state_->offloads_needed(decisions, order, device_bytes);
 }
-int64_t Scheduler::work() const { return state_->work(); }
+int64_t Scheduler::work() const {
+  return state_->work();
+}
 
 }  // namespace splitkern::memory

@@ -1,7 +1,7 @@
-// From decisions (keep, offload, compute again) to a schedule: which instances run, when each storage occupies device and
-// host, when copies are issued and waited for, and the step time that this predicts. Called by the strategies, hundreds
-// of times for one plan, so one run is near-linear in the size of the step. Knows no addresses: bytes that are live at
-// one time must fit, placement comes later.
+// From decisions (keep, offload, compute again) to a schedule: which instances run, when each storage occupies device
+// and host, when copies are issued and waited for, and the step time that this predicts. Called by the strategies,
+// hundreds of times for one plan, so one run is near-linear in the size of the step. Knows no addresses: bytes that are
+// live at one time must fit, placement comes later.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +19,14 @@ namespace splitkern::memory {
 enum class Decision : uint8_t { kKeep, kOffload, kRecompute };
 
 enum class CopyPolicy : uint8_t {
-  // Offloads as soon as the value is final; the slot is free when the copy is predicted to have ended, sooner (and with a
+  // Offloads as soon as the value is final; the slot is free when the copy is predicted to have ended, sooner (and with
+  // a
   // stall) where the bytes are needed. Prefetches in order of need, just early enough, as soon as there is room.
   kBudget,
   // Jin and Hong, section 4: the same, but blind to the budget.
   kHidden,
-  // vDNN: a feature map leaves while the last layer that reads it runs, and comes back while the layer before the one that
+  // vDNN: a feature map leaves while the last layer that reads it runs, and comes back while the layer before the one
+  // that
   // needs it runs; both layers wait for their copies.
   kLayerwise,
 };
@@ -53,7 +55,8 @@ struct Step {
 
 struct Schedule {
   bool feasible = false;
-  // Where it is not: bytes that are missing, most at which instance. A decision that no budget could save lacks kUnlimited.
+  // Where it is not: bytes that are missing, most at which instance. A decision that no budget could save lacks
+  // kUnlimited.
   int64_t shortage_bytes = 0;
   int32_t short_at = 0;
   bool short_on_host = false;
@@ -79,16 +82,16 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  // One decision per planned storage; those that are not saved count as kKeep. Budgets are of live bytes, `device_bytes`
-  // for the device pool alone. The result is valid until the next call.
+  // One decision per planned storage; those that are not saved count as kKeep. Budgets are of live bytes,
+  // `device_bytes` for the device pool alone. The result is valid until the next call.
   const Schedule& run(std::span<const Decision> decisions, CopyPolicy policy, int64_t device_bytes, int64_t host_bytes);
 
   // Instances and least_device_bytes alone: a fraction of the work, for searches for what fits at all.
   const Schedule& measure(std::span<const Decision> decisions);
 
-  // How many of `order`, from its front, must be offloaded beside the decisions for the live bytes to fit; more than there
-  // are if all do not help. Those that are offloaded anyway count without being asked for. What measure() says of the
-  // decisions without them is in `least_device_bytes`.
+  // How many of `order`, from its front, must be offloaded beside the decisions for the live bytes to fit; more than
+  // there are if all do not help. Those that are offloaded anyway count without being asked for. What measure() says of
+  // the decisions without them is in `least_device_bytes`.
   int32_t offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order, int64_t device_bytes);
 
   // Instances that all calls so far have scheduled.

@@ -1,5 +1,5 @@
-// Plays a plan on three streams (compute, device to host, host to device) that run in order each: when every instance and
-// every copy begins and ends, if durations and bandwidths are as the graph and the limits say. Called for a plan's
+// Plays a plan on three streams (compute, device to host, host to device) that run in order each: when every instance
+// and every copy begins and ends, if durations and bandwidths are as the graph and the limits say. Called for a plan's
 // predicted times and for its picture; knows nothing of how plans are made.
 #pragma once
 

@@ -22,8 +22,8 @@ std::vector<Proposal> only(const Problem& problem, Scheduler& scheduler, std::ve
 
 }  // namespace
 
-// vDNN_all: what a layer reads is offloaded while it runs. What no forward layer reads (offsets of poolings, statistics)
-// is no feature map and stays.
+// vDNN_all: what a layer reads is offloaded while it runs. What no forward layer reads (offsets of poolings,
+// statistics) is no feature map and stays.
 std::vector<Decision> layerwise_decisions(const Problem& problem) {
   std::vector<Decision> decisions = keep_all(problem);
   for (int32_t storage = 0; storage < problem.live.storages(); ++storage) {
@@ -40,7 +40,8 @@ std::vector<Decision> paper_decisions(const Problem& problem) {
   std::vector<Decision> decisions = keep_all(problem);
   double forward_us = 0;
   double backward_us = 0;
-  for (int32_t step = 0; step < live.steps(); ++step) (step < live.turn ? forward_us : backward_us) += live.duration_us[step];
+  for (int32_t step = 0; step < live.steps(); ++step)
+    (step < live.turn ? forward_us : backward_us) += live.duration_us[step];
   for (int32_t storage : saved_by_write(live)) {
     if (!may(live, problem.limits, storage, Decision::kOffload)) continue;
     const int64_t bytes = live.assignment.storages[storage].size_bytes;

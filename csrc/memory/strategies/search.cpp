@@ -1,12 +1,12 @@
 // The strategies that search for decisions: "recompute" (nothing is copied) and "default" (everything goes). What one
-// decision costs depends on all others, through the link, the bytes and what bursts of recomputation need, so the search
-// rates whole decisions by scheduling them. First a sweep: compute again what costs least per byte, offload of the rest
-// what came first, as much as the budget asks for, keep the remainder; over the share that is computed again and the bytes
-// that one burst may need. Then descent from the best: blocks of neighbours, in time or in cost, large to small, get
-// another decision, and where that no longer fits, more is offloaded. Deterministic: effort is counted in instances.
+// decision costs depends on all others, through the link, the bytes and what bursts of recomputation need, so the
+// search rates whole decisions by scheduling them. First a sweep: compute again what costs least per byte, offload of
+// the rest what came first, as much as the budget asks for, keep the remainder; over the share that is computed again
+// and the bytes that one burst may need. Then descent from the best: blocks of neighbours, in time or in cost, large to
+// small, get another decision, and where that no longer fits, more is offloaded. Deterministic: effort is counted in
+// instances.
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -72,7 +72,8 @@ class Search {
     least_ = Proposal{.decisions = {}, .least_live_bytes = kUnlimited};
     weigh(keep_all(problem_));
     if (count() == 0) return least_;
-    for (int64_t burst : bursts()) {
+    for (int level = 0; level < kBursts; ++level) {
+      const int64_t burst = burst_bytes(level);
       for (int part = 0; part <= kParts; ++part) {
         std::vector<Decision> decisions = recompute_cheapest(share(part), burst);
         const std::vector<int32_t> order = offload_order(decisions);
@@ -89,7 +90,7 @@ class Search {
 
  private:
   static constexpr int kParts = 8;
-  static constexpr int kLightenings = 64;
+  static constexpr int kLightenings = 128;
 
   int32_t count() const { return static_cast<int32_t>(by_time_.size()); }
   bool has_work() const { return scheduler_.work() < end_of_work_; }
@@ -125,42 +126,70 @@ class Search {
     const Schedule& schedule = scheduler_.measure(decisions);
     if (schedule.host_live_bytes > problem_.limits.host_bytes) return false;
     if (!least_.decisions.empty() && schedule.least_device_bytes >= least_.least_live_bytes) return false;
-    least_ = Proposal{.decisions = decisions,
-                      .policy = CopyPolicy::kBudget,
-                      .least_live_bytes = schedule.least_device_bytes};
-    peak_at_ = schedule.short_at;
+    least_ = Proposal{
+        .decisions = decisions, .policy = CopyPolicy::kBudget, .least_live_bytes = schedule.least_device_bytes};
     return true;
   }
 
-  // Bytes that one burst of recomputation may need.
-  std::array<int64_t, 6> bursts() const {
+  // Bytes that one burst of recomputation may need. They do not depend on the budget: what is feasible at all must not.
+  static constexpr int kBursts = 8;
+  int64_t burst_bytes(int level) const {
     int64_t saved = 0;
     for (int32_t storage : by_time_) saved += live_.bytes[storage];
-    const int64_t most = std::max<int64_t>(1, std::min(saved, problem_.device_bytes));
-    return {kUnlimited, most / 2, most / 4, most / 8, most / 16, most / 32};
+    return level == 0 ? kUnlimited : std::max<int64_t>(1, saved >> level);
   }
 
-  // The first `taken` of by_cost_, but so that no chain of them needs more than `burst` bytes at a time: a storage that
-  // would is saved instead.
+  // The first `taken` of by_cost_, but so that no chain of them needs much more than `burst` bytes at a time: where one
+  // would, it is cut at the smallest storage in its second half, which is saved instead.
   std::vector<Decision> recompute_cheapest(size_t taken, int64_t burst) {
     std::vector<Decision> decisions = keep_all(problem_);
     for (size_t index = 0; index < taken; ++index) decisions[by_time_[by_cost_[index]]] = Decision::kRecompute;
     if (burst == kUnlimited) return decisions;
+    // Per storage: what the chain up to it holds, and where it would best be cut.
     chain_bytes_.assign(live_.storages(), 0);
+    cut_.assign(live_.storages(), -1);
+    const auto is_computed = [&](int32_t storage) {
+      return !live_.saved[storage] || decisions[storage] == Decision::kRecompute;
+    };
+    const auto renew = [&](int32_t storage) {
+      const int32_t cut = cut_[storage];
+      if (cut < 0 || is_computed(cut)) return;
+      chain_bytes_[storage] = std::max<int64_t>(0, chain_bytes_[storage] - cut_bytes_[cut]);
+      cut_[storage] = -1;
+    };
+    cut_bytes_.assign(live_.storages(), 0);
     for (int32_t step = 0; step < live_.turn; ++step) {
       int64_t before = 0;
+      int32_t cut = -1;
       for (const Access& access : live_.accesses[step]) {
-        if (access.reads && !access.writes) before = std::max(before, chain_bytes_[access.storage]);
+        if (!access.reads || access.writes) continue;
+        renew(access.storage);
+        if (chain_bytes_[access.storage] > before) {
+          before = chain_bytes_[access.storage];
+          cut = cut_[access.storage];
+        }
       }
       for (const Access& access : live_.accesses[step]) {
         const int32_t storage = access.storage;
-        if (!access.writes || live_.resident[storage] || live_.output[storage]) continue;
-        if (live_.saved[storage] && decisions[storage] != Decision::kRecompute) continue;
-        int64_t& bytes = chain_bytes_[storage];
-        bytes = std::max(bytes, before + live_.bytes[storage]);
-        if (live_.saved[storage] && bytes > burst) {
-          decisions[storage] = Decision::kKeep;
-          bytes = 0;
+        if (!access.writes || live_.resident[storage] || live_.output[storage] || !is_computed(storage)) continue;
+        // A joined tensor needs the chains of all its writers.
+        const bool is_first = live_.first_access[storage] == step;
+        chain_bytes_[storage] += before + (is_first && live_.saved[storage] ? live_.bytes[storage] : 0);
+        if (cut_[storage] < 0) cut_[storage] = cut;
+        if (!live_.saved[storage]) continue;
+        renew(storage);
+        if (chain_bytes_[storage] >= burst / 2 &&
+            (cut_[storage] < 0 || live_.bytes[storage] <= live_.bytes[cut_[storage]])) {
+          cut_[storage] = storage;
+          cut_bytes_[storage] = chain_bytes_[storage];
+        }
+        if (chain_bytes_[storage] <= burst) continue;
+        decisions[cut_[storage]] = Decision::kKeep;
+        if (cut_[storage] == storage) {
+          chain_bytes_[storage] = 0;
+          cut_[storage] = -1;
+        } else {
+          renew(storage);
         }
       }
     }
@@ -185,7 +214,8 @@ class Search {
   }
 
   void sweep() {
-    for (int64_t burst : bursts()) {
+    for (int level = 0; level < kBursts; ++level) {
+      const int64_t burst = burst_bytes(level);
       for (int part = 0; part <= kParts; ++part) try_share(share(part), burst);
     }
     // Finer around the best.
@@ -235,7 +265,8 @@ class Search {
     for (bool improved = true; improved && has_work() && !is_perfect();) {
       improved = false;
       for (int32_t size = std::max(1, count() / 4);; size = std::max(1, size / 2)) {
-        for (const std::vector<int32_t>* order : {&time_order, &cost_order}) improved |= descend_by_blocks(*order, size);
+        for (const std::vector<int32_t>* order : {&time_order, &cost_order})
+          improved |= descend_by_blocks(*order, size);
         if (size == 1 || !has_work() || is_perfect()) break;
       }
     }
@@ -286,23 +317,29 @@ class Search {
     }
   }
 
-  // Takes what is live at the peak off it, storage by storage, largest first.
+  // From the lightest of the sweep: blocks of neighbours in time, then single storages, largest first.
   void lighten() {
     std::vector<int32_t> by_size(count());
     std::iota(by_size.begin(), by_size.end(), 0);
-    std::ranges::stable_sort(by_size, std::ranges::greater{}, [&](int32_t index) { return live_.bytes[by_time_[index]]; });
     int left = kLightenings;
-    for (bool improved = true; improved && left > 0;) {
-      improved = false;
-      for (int32_t index : by_size) {
+    for (int32_t size = std::max(1, count() / 8);; size = std::max(1, size / 4)) {
+      if (size == 1) {
+        std::ranges::stable_sort(by_size, std::ranges::greater{},
+                                 [&](int32_t index) { return live_.bytes[by_time_[index]]; });
+      }
+      for (int32_t begin = 0; begin < count(); begin += size) {
         for (Decision decision : {Decision::kOffload, Decision::kRecompute}) {
           if (left == 0) return;
           std::vector<Decision> decisions = least_.decisions;
-          if (!set(decisions, index, decision)) continue;
+          bool changed = false;
+          for (int32_t index = begin; index < std::min(begin + size, count()); ++index)
+            changed |= set(decisions, by_size[index], decision);
+          if (!changed) continue;
           --left;
-          improved |= weigh(decisions);
+          weigh(decisions);
         }
       }
+      if (size == 1) return;
     }
   }
 
@@ -315,14 +352,14 @@ class Search {
   std::vector<int32_t> by_time_;  // storages with a choice; other orders hold positions in this one
   std::vector<char> can_offload_, can_recompute_;
   std::vector<int32_t> by_cost_;  // that can be computed again, by microseconds per byte
-  std::vector<int64_t> chain_bytes_;
+  std::vector<int64_t> chain_bytes_, cut_bytes_;
+  std::vector<int32_t> cut_;
 
   double compute_us_ = 0;
   Proposal best_;
   size_t best_taken_ = 0;
   int64_t best_burst_ = kUnlimited;
   Proposal least_;
-  int32_t peak_at_ = 0;
 };
 
 }  // namespace

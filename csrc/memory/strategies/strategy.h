@@ -37,7 +37,8 @@ using Propose = std::vector<Proposal> (*)(const Problem&, Scheduler&);
 struct Strategy {
   std::string_view name;
   Propose propose;
-  // The proposal with the least live bytes on the device under the host budget, whatever the device budget and the time.
+  // The proposal with the least live bytes on the device under the host budget, whatever the device budget and the
+  // time.
   Proposal (*least)(const Problem&, Scheduler&);
 };
 std::span<const Strategy> strategies();
