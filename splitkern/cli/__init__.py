@@ -11,6 +11,7 @@ from splitkern.cli.common import UserError
 
 _COMMANDS = {
     "train": "train an image classifier as a Split-CNN, and measure what that saves",
+    "plan": "plan the memory of a training step: what stays, what is offloaded or recomputed, where it all lies",
     "doctor": "what this machine has, and which kernels splitkern uses on it",
     "bench": "measure networks against the unsplit ones, and kernels against PyTorch's",
 }

@@ -1,0 +1,176 @@
+"""`splitkern bench budget`: by prediction, how large a batch fits a memory budget, against how much slower it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitkern.cli.common import UserError, grid, integer, require, table
+
+if TYPE_CHECKING:
+    from splitkern.benchmarks.budget import Curve, Plain, Planner
+
+NAME = "budget"
+_TEXT = "batch multiplier against predicted slowdown under a memory budget, for every planning strategy (estimates)"
+
+
+def add_parser(which: Any) -> None:
+    """Adds the benchmark to the choices of `splitkern bench`."""
+    from splitkern.memory.cost_model import COST_MODELS
+
+    parser = which.add_parser(NAME, help=_TEXT, description=_TEXT[0].upper() + _TEXT[1:] + ".")
+    parser.add_argument(
+        "--machine", action="append", choices=tuple(COST_MODELS), help="may be repeated (default: all cost models)"
+    )
+    parser.add_argument(
+        "--model", action="append", metavar="NAME", help="may be repeated (default: vgg19 and resnet50)"
+    )
+    parser.add_argument(
+        "--grid", action="append", type=grid, metavar="RxC", help="may be repeated (default: 1x1, 2x2 and 4x4)"
+    )
+    parser.add_argument("--strategy", action="append", metavar="NAME", help="may be repeated (default: all)")
+    parser.add_argument("--until", metavar="MODULE", help="last module of the split region (default: as for train)")
+    parser.add_argument("--image-size", type=integer(8), default=224, metavar="PIXELS", help="default 224")
+    parser.add_argument("--jobs", type=integer(1), default=2, metavar="N", help="plans at a time (default 2)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file after every curve")
+    parser.add_argument("--resume", action="store_true", help="continue the file where it was cut off")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the best grid of every strategy")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    output.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans and prints."""
+    require("torchvision", "tqdm", *(["matplotlib"] if args.plot else []))
+    from splitkern.benchmarks.budget import curve_of_row, plot
+    from splitkern.benchmarks.record import Record, RecordError
+
+    try:
+        record = Record(_header(args), args.save, resume=args.resume)
+        _fill(args, record)
+    except (RecordError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    curves = [curve_of_row(row) for row in record.rows.values()]
+    if args.plot is not None:
+        try:
+            args.plot.parent.mkdir(parents=True, exist_ok=True)
+            plot(args.plot, curves)
+        except OSError as error:
+            raise UserError(f"--plot {args.plot} cannot be written: {error.strerror}") from error
+    if args.json:
+        print(json.dumps(record.data, indent=1))
+    else:
+        print(_tables(curves, markdown=args.markdown))
+    return 0
+
+
+def _header(args: argparse.Namespace) -> dict[str, Any]:
+    from splitkern import __version__
+    from splitkern.benchmarks.common import commit
+
+    options = {"image_size": args.image_size, "until": args.until}
+    # The machine is the cost models': this one has no say in the figures.
+    return {"benchmark": NAME, "options": options, "commit": commit(), "machine": {"splitkern": __version__}}
+
+
+def _fill(args: argparse.Namespace, record: Any) -> None:
+    """Adds every curve that is not there yet."""
+    from tqdm import tqdm
+
+    from splitkern import _core
+    from splitkern.benchmarks.budget import GRIDS, NETWORKS, Planner, ScalableStep
+    from splitkern.benchmarks.networks import NetworkOptions
+    from splitkern.memory.cost_model import COST_MODELS
+
+    strategies = args.strategy or list(_core.strategy_names())
+    for strategy in strategies:
+        if strategy not in _core.strategy_names():
+            raise UserError(f"--strategy must be one of {', '.join(_core.strategy_names())}, got {strategy!r}")
+    machines = [COST_MODELS[name] for name in args.machine or COST_MODELS]
+    networks, grids = args.model or NETWORKS, args.grid or GRIDS
+    total = len(machines) * len(networks) * len(grids) * len(strategies)
+    with tqdm(total=total, unit="curve", disable=None, leave=False) as bar:
+        for network in networks:
+            for machine in machines:
+                keys = {
+                    (cells, strategy): f"{machine.name} {network} {cells[0]}x{cells[1]} {strategy}"
+                    for cells in grids
+                    for strategy in strategies
+                }
+                missing = [one for one, key in keys.items() if not record.has(key)]
+                bar.update(len(keys) - len(missing))
+                if not missing:
+                    continue
+
+                def planner(cells: tuple[int, int], network: str = network, machine: Any = machine) -> Planner:
+                    until = args.until if cells != (1, 1) else None
+                    options = NetworkOptions(network, 1, args.image_size, cells, until, dtype=machine.dtype)
+                    bar.set_description(f"capturing {network} {cells[0]}x{cells[1]}")
+                    return Planner(ScalableStep.capture(options), machine, f"{network} {cells[0]}x{cells[1]}")
+
+                plain_planner = planner((1, 1))
+                plain = _plain(plain_planner)
+                for cells in dict.fromkeys(cells for cells, _ in missing):
+                    one = plain_planner if cells == (1, 1) else planner(cells)
+                    wanted = [strategy for at, strategy in missing if at == cells]
+                    bar.set_description(f"{machine.name} {network} {cells[0]}x{cells[1]}")
+                    with ThreadPoolExecutor(args.jobs) as pool:
+                        made = pool.map(
+                            lambda strategy, one=one, cells=cells: _curve(
+                                one, plain, machine.name, network, cells, strategy
+                            ),
+                            wanted,
+                        )
+                        for strategy, curve in zip(wanted, made, strict=True):
+                            record.put(keys[cells, strategy], curve.as_row())
+                            bar.update()
+
+
+def _plain(planner: Planner) -> Plain:
+    from splitkern.benchmarks.budget import largest_plain
+
+    return largest_plain(lambda batch: planner.image_us(batch, "none"))
+
+
+def _curve(planner: Planner, plain: Plain, machine: str, network: str, cells: tuple[int, int], strategy: str) -> Curve:
+    from splitkern.benchmarks.budget import Curve, largest_batches
+
+    batches, points = largest_batches(lambda batch: planner.image_us(batch, strategy), plain)
+    return Curve(machine, network, cells, strategy, plain.batch, plain.image_us, batches, points)
+
+
+def _tables(curves: Sequence[Curve], *, markdown: bool) -> str:
+    from splitkern.benchmarks.budget import SLOWDOWNS
+    from splitkern.memory.cost_model import COST_MODELS
+
+    parts = []
+    for machine, network in dict.fromkeys((curve.machine, curve.network) for curve in curves):
+        chosen = [curve for curve in curves if (curve.machine, curve.network) == (machine, network)]
+        plain = chosen[0]
+        title = (
+            f"{network}, {COST_MODELS[machine].label}: plain batch {plain.plain_batch}, "
+            f"{plain.plain_image_us / 1e3:.3f} ms per image"
+        )
+        header = ["slowdown per image at most", "grid", *(f"{limit:.0%}" for limit in SLOWDOWNS)]
+        rows = [
+            [
+                curve.strategy,
+                "not split" if curve.grid == (1, 1) else f"{curve.grid[0]}x{curve.grid[1]}",
+                *(
+                    f"{curve.multipliers[limit]:.2f}x ({curve.batches[limit]})" if curve.batches[limit] else "-"
+                    for limit in SLOWDOWNS
+                ),
+            ]
+            for curve in chosen
+        ]
+        if markdown:
+            lines = [header, ["---", "---", *("---:" for _ in SLOWDOWNS)], *rows]
+            parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        else:
+            parts.append(f"{title}\n" + table(header, rows))
+    return "\n\n".join(parts)
