@@ -38,7 +38,8 @@ void define_graph(py::module_& module) {
                                  Field{"write", &InplacePair::write, "Position in the operation's writes."});
 
   define_value_type<Operation>(
-      module, "Operation", "One operation of the step.", Field{"name", &Operation::name, "Unique among the operations."},
+      module, "Operation", "One operation of the step.",
+      Field{"name", &Operation::name, "Unique among the operations."},
       Field{"target", &Operation::target, "What it computes, such as \"conv2d\"."},
       Field{"duration_us", &Operation::duration_us, "Microseconds on the device."},
       Field{"workspace_bytes", &Operation::workspace_bytes, "Device bytes that it needs only while it runs."},
@@ -56,9 +57,10 @@ void define_graph(py::module_& module) {
       Field{"segment", &Operation::segment, "The part of the network that it belongs to."},
       Field{"module", &Operation::module, "Qualified name of its module."});
 
-  py::class_<Graph> graph(module, "Graph", py::dynamic_attr(),
-                          "A training step as the planner sees it: operations in execution order, tensors, storages.\n\n"
-                          "Raises:\n    InvalidArgument: the graph breaks a rule, which is named with the place.");
+  py::class_<Graph> graph(
+      module, "Graph", py::dynamic_attr(),
+      "A training step as the planner sees it: operations in execution order, tensors, storages.\n\n"
+      "Raises:\n    InvalidArgument: the graph breaks a rule, which is named with the place.");
   graph
       .def(py::init([](std::string name, std::vector<Storage> storages, std::vector<Tensor> tensors,
                        std::vector<Operation> operations, std::string durations_from) {
@@ -71,7 +73,8 @@ void define_graph(py::module_& module) {
            py::arg("durations_from") = "")
       .def_readonly("name", &Graph::name, "Of the network.")
       .def_readonly("durations_from", &Graph::durations_from, "How the durations were found: measured or estimated.")
-      .def("__eq__", [](const Graph& left, const Graph& right) { return left == right; }, py::is_operator())
+      .def(
+          "__eq__", [](const Graph& left, const Graph& right) { return left == right; }, py::is_operator())
       .def("__setattr__",
            [](const py::object&, const std::string& attribute, const py::object&) {
              throw py::attribute_error("Graph is frozen: \"" + attribute + "\" cannot be set");
@@ -85,7 +88,8 @@ void define_graph(py::module_& module) {
            })
       .def_property_readonly("fingerprint", &fingerprint,
                              "A digest of all that a plan depends on; a plan carries its graph's.")
-      .def("to_json", [](const Graph& self) { return to_json(self); }, "The graph as versioned JSON.")
+      .def(
+          "to_json", [](const Graph& self) { return to_json(self); }, "The graph as versioned JSON.")
       .def_static(
           "from_json",
           [](const std::string& text) {

@@ -12,13 +12,18 @@ namespace {
 
 void define_limits(py::module_& module) {
   const Limits defaults;
-  py::class_<Limits>(module, "Limits",
-                     "The machine and the budgets that a plan is made for.\n\n"
-                     "Raises:\n    InvalidArgument: a negative or not finite limit, an alignment that is no power of two.")
+  py::class_<Limits>(
+      module, "Limits",
+      "The machine and the budgets that a plan is made for.\n\n"
+      "Raises:\n    InvalidArgument: a negative or not finite limit, an alignment that is no power of two.")
       .def(py::init([](std::optional<int64_t> device_bytes, std::optional<int64_t> host_bytes, double offload_gbps,
                        double prefetch_gbps, double copy_latency_us, int64_t alignment_bytes) {
-             const Limits made{from_optional(device_bytes), from_optional(host_bytes), offload_gbps,
-                               prefetch_gbps,               copy_latency_us,           alignment_bytes};
+             const Limits made{from_optional(device_bytes),
+                               from_optional(host_bytes),
+                               offload_gbps,
+                               prefetch_gbps,
+                               copy_latency_us,
+                               alignment_bytes};
              require_valid(made);
              return made;
            }),
@@ -35,7 +40,8 @@ void define_limits(py::module_& module) {
       .def_readonly("prefetch_gbps", &Limits::prefetch_gbps, "Host to device, 10⁹ bytes per second.")
       .def_readonly("copy_latency_us", &Limits::copy_latency_us, "Added to every copy, microseconds.")
       .def_readonly("alignment_bytes", &Limits::alignment_bytes, "Of every offset and size.")
-      .def("__eq__", [](const Limits& left, const Limits& right) { return left == right; }, py::is_operator())
+      .def(
+          "__eq__", [](const Limits& left, const Limits& right) { return left == right; }, py::is_operator())
       .def("__repr__", [](const Limits& self) {
         std::ostringstream text;
         text << "Limits(device_bytes=" << std::string(py::repr(py::cast(to_optional(self.device_bytes))))
@@ -106,9 +112,15 @@ void define_plan(py::module_& module) {
                        std::vector<PlanStorage> storages, std::vector<FusedSum> fused, std::vector<Instance> instances,
                        std::vector<Boundary> boundaries, std::vector<Residency> residencies, std::vector<Copy> copies,
                        Predicted predicted) {
-             return Plan{std::move(graph_fingerprint), std::move(strategy),    limits,
-                         std::move(storages),          std::move(fused),       std::move(instances),
-                         std::move(boundaries),        std::move(residencies), std::move(copies),
+             return Plan{std::move(graph_fingerprint),
+                         std::move(strategy),
+                         limits,
+                         std::move(storages),
+                         std::move(fused),
+                         std::move(instances),
+                         std::move(boundaries),
+                         std::move(residencies),
+                         std::move(copies),
                          predicted};
            }),
            py::kw_only(), py::arg("graph_fingerprint"), py::arg("strategy"), py::arg("limits"), py::arg("storages"),
@@ -118,7 +130,8 @@ void define_plan(py::module_& module) {
       .def_readonly("strategy", &Plan::strategy, "The strategy whose decisions it holds.")
       .def_readonly("limits", &Plan::limits, "What it was made for.")
       .def_readonly("predicted", &Plan::predicted, "What it costs.")
-      .def("__eq__", [](const Plan& left, const Plan& right) { return left == right; }, py::is_operator())
+      .def(
+          "__eq__", [](const Plan& left, const Plan& right) { return left == right; }, py::is_operator())
       .def("__setattr__",
            [](const py::object&, const std::string& attribute, const py::object&) {
              throw py::attribute_error("Plan is frozen: \"" + attribute + "\" cannot be set");
@@ -126,12 +139,13 @@ void define_plan(py::module_& module) {
       .def("__repr__",
            [](const Plan& self) {
              std::ostringstream text;
-             text << "Plan(strategy=" << std::string(py::repr(py::cast(self.strategy))) << ", "
-                  << self.instances.size() << " instances, " << self.copies.size() << " copies, device peak "
-                  << self.predicted.device_peak_bytes << " bytes, step " << self.predicted.step_us << " us)";
+             text << "Plan(strategy=" << std::string(py::repr(py::cast(self.strategy))) << ", " << self.instances.size()
+                  << " instances, " << self.copies.size() << " copies, device peak " << self.predicted.device_peak_bytes
+                  << " bytes, step " << self.predicted.step_us << " us)";
              return text.str();
            })
-      .def("to_json", [](const Plan& self) { return to_json(self); }, "The plan as versioned JSON.")
+      .def(
+          "to_json", [](const Plan& self) { return to_json(self); }, "The plan as versioned JSON.")
       .def_static(
           "from_json",
           [](const std::string& text) {

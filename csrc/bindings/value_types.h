@@ -1,13 +1,18 @@
-// Frozen Python classes of the memory library's structs: keyword-only construction with the struct's defaults, read-only
-// attributes, equality, repr and pickling, all from one list of fields. Used by the other files of this folder.
+// Frozen Python classes of the memory library's structs: keyword-only construction with the struct's defaults,
+// read-only attributes, equality, repr and pickling, all from one list of fields. Used by the other files of this
+// folder.
 #pragma once
 
 #include <pybind11/native_enum.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <concepts>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -15,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory/errors.h"
 #include "memory/limits.h"
 
 namespace splitkern::bindings {
@@ -36,8 +42,7 @@ std::string representation(const char* class_name, const Owner& value, const Fie
   std::ostringstream text;
   text << class_name << "(";
   const char* separator = "";
-  ((text << separator << fields.name << "=" << std::string(py::repr(py::cast(value.*fields.member))),
-    separator = ", "),
+  ((text << separator << fields.name << "=" << std::string(py::repr(py::cast(value.*fields.member))), separator = ", "),
    ...);
   text << ")";
   return text.str();
@@ -78,7 +83,8 @@ py::class_<Owner> define_value_type(py::module_& module, const char* name, const
            }),
            py::kw_only(), (py::arg(fields.name) = Owner{}.*fields.member)...);
   (define_field(type, fields), ...);
-  type.def("__eq__", [](const Owner& left, const Owner& right) { return left == right; }, py::is_operator());
+  if constexpr (std::equality_comparable<Owner>)
+    type.def("__eq__", [](const Owner& left, const Owner& right) { return left == right; }, py::is_operator());
   type.def("__setattr__", [name](const py::object&, const std::string& attribute, const py::object&) {
     throw py::attribute_error(std::string(name) + " is frozen: \"" + attribute + "\" cannot be set");
   });
@@ -95,7 +101,9 @@ py::class_<Owner> define_value_type(py::module_& module, const char* name, const
 }
 
 // Python says None where C++ says kUnlimited.
-inline int64_t from_optional(const std::optional<int64_t>& bytes) { return bytes.value_or(memory::kUnlimited); }
+inline int64_t from_optional(const std::optional<int64_t>& bytes) {
+  return bytes.value_or(memory::kUnlimited);
+}
 inline std::optional<int64_t> to_optional(int64_t bytes) {
   return bytes == memory::kUnlimited ? std::nullopt : std::optional(bytes);
 }

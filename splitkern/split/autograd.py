@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from splitkern.split import labels
 from splitkern.split.layout import Box
 from splitkern.split.operations import CallGeometry, Operation, SavedForGradients
 
@@ -64,6 +65,7 @@ class JoinPart:
         positions: of the part's differentiable tensors among the function's, None where absent.
         operation: the operation that wrote the view itself; None where a value was copied in.
         geometry: the operation's call.
+        patch: number of the patch in execution order, where there is an operation.
         shapes: of the differentiable tensors.
         extra: what the operation needs for its gradients besides them.
     """
@@ -73,6 +75,7 @@ class JoinPart:
     positions: tuple[int | None, ...]
     operation: Operation | None = None
     geometry: CallGeometry | None = None
+    patch: int | None = None
     shapes: tuple[torch.Size | None, ...] = ()
     extra: tuple[Tensor, ...] = ()
 
@@ -132,6 +135,7 @@ class JoinPatches(torch.autograd.Function):
                     else view_of(saved[place], part.box),
                 )
                 assert part.geometry is not None
+                labels.tell(part.operation.label, part.patch)
                 results = part.operation.gradients(
                     grad,
                     kept,
@@ -143,6 +147,7 @@ class JoinPatches(torch.autograd.Function):
                     continue
                 total = totals[position]
                 totals[position] = result if total is None else total + result
+        labels.tell(None, None)
         return None, None, *totals
 
 

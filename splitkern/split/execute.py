@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from splitkern.ops._common import is_channels_last
+from splitkern.split import labels
 from splitkern.split.autograd import (
     JoinPart,
     Recomputation,
@@ -130,9 +131,11 @@ def run_whole(region: Region, norm: Norm | None, inputs: Sequence[Tensor]) -> li
     step = Step(parameters_of(region.operations), norm, inputs[0].device.type)
     values = dict(zip(region.inputs, inputs, strict=True))
     for operation, dead in zip(region.operations, region.dead_after, strict=True):
+        labels.tell(operation.label, None)
         values[operation.name] = operation.whole(step, [values[n] for n in operation.inputs])
         for name in dead:
             del values[name]
+    labels.tell(None, None)
     return [values[name] for name in region.outputs]
 
 
@@ -143,6 +146,7 @@ def run_layers(region: Region, layout: Layout, norm: Norm | None, inputs: Sequen
     values = dict(zip(region.inputs, _device_format(inputs), strict=True))
     for operation, geometry, dead in zip(region.operations, layout.layer_calls, region.dead_after, strict=True):
         read = [values[name] for name in operation.inputs]
+        labels.tell(operation.label, None)
         values[operation.name] = operation.run(step, read, geometry)
         del read
         for name in dead:
@@ -192,6 +196,7 @@ def run_patches(region: Region, layout: Layout, norm: Norm | None, inputs: Seque
                 positions=tuple(position(tensor) for tensor in differentiable),
                 operation=operation,
                 geometry=geometry,
+                patch=layout.patches.index(patch),
                 shapes=tuple(None if t is None else t.shape for t in differentiable),
                 extra=extra,
             )
@@ -243,6 +248,7 @@ def _run_patch(
     """
     values = dict(zip(region.inputs, inputs, strict=True))
     single = len(layout.patches) == 1
+    number = layout.patches.index(patch)
     written = {} if write is None or single else region.joined_by_operation
     for index, (operation, geometry, dead) in enumerate(
         zip(region.operations, layout.patch_calls[patch], region.dead_after, strict=True)
@@ -253,6 +259,7 @@ def _run_patch(
             read = [
                 _crop(value, layout.box(name, patch), box) for name, value in zip(operation.inputs, read, strict=True)
             ]
+        labels.tell(operation.label, number)
         if write is not None and operation.name in written:
             write(index, patch, operation, read)
         elif single:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from splitkern.geometry import Bounds
+from splitkern.split import labels
 
 if TYPE_CHECKING:
     from splitkern.split.operations import BatchNorm, Operation
@@ -124,7 +125,9 @@ class Step:
         ``M2 = Σ(M2_p + n_p(m_p - mean)²)``, ``var = M2/(n-1)``; then PyTorch's momentum step.
         """
         for operation, statistics in self._collected.values():
+            labels.tell(operation.label, None)
             _update(operation, statistics)
+        labels.tell(None, None)
         self._collected.clear()
 
 

@@ -29,7 +29,7 @@ CONV = (
     ConvLayer("net.first", 3, 4, 12, kernel=7, stride=2, padding=3, count=1, inside=True),
     ConvLayer("net.body", 4, 6, 12, kernel=3, stride=1, padding=1, count=2, inside=True),
     ConvLayer("net.strided", 4, 6, 11, kernel=3, stride=2, padding=1, count=1, inside=True),
-    ConvLayer("net.projection", 4, 6, 12, kernel=1, stride=2, padding=0, count=1, inside=True),
+    ConvLayer("net.projection", 8, 16, 12, kernel=1, stride=2, padding=0, count=1, inside=True),
     ConvLayer("net.tail", 4, 6, 6, kernel=3, stride=1, padding=1, count=1, inside=False),
 )
 POOL = (

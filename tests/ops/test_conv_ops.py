@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +128,30 @@ def test_windows_wholly_in_the_padding(dtype: torch.dtype, layout: str) -> None:
         came = ops.patch_conv2d(x, w, padding=3)
         exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=3)
         assert_accurate(came, exact, exact.to(dtype), reduction=6 * kernel**2)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("channels", [3, 4, 8])
+def test_weight_gradient_of_strided_1x1_windows(channels: int, layout: str) -> None:
+    """oneDNN added memory that nobody had written, for channels_last and channels that do not fill its vectors."""
+    halves: dict[str, Any] = {"stride": 2, "in_rows": [0, 6, 12], "in_cols": [0, 12]}
+    halves |= {"out_rows": [0, 3, 6], "out_cols": [0, 6]}
+    padded: dict[str, Any] = {"stride": (2, 3), "padding": (0, 1), "in_rows": [0, 5, 12], "in_cols": [0, 4, 12]}
+    padded |= {"out_rows": [0, 3, 6], "out_cols": [0, 2, 5]}
+    for options in (halves, padded):
+        x = make((2, channels, 12, 12), torch.float32, layout, seed=1)
+        dy = make((2, 6, options["out_rows"][-1], options["out_cols"][-1]), torch.float32, layout, seed=2)
+        size = (6, channels, 1, 1)
+
+        def linear(w: Tensor, x: Tensor = x, options: dict[str, Any] = options) -> Tensor:
+            return reference.patch_conv2d(x.double(), w, None, **options)
+
+        (exact,) = gradients(linear, (torch.zeros(size, dtype=torch.float64),), dy.double())
+        for _ in range(4):
+            dirty = [torch.full((2**power,), 1e30) for power in range(4, 18) for _ in range(8)]
+            del dirty  # what is allocated next holds large numbers
+            came = ops.patch_conv2d_weight_grad(dy, x, size, **options)
+            assert_accurate(came, exact, exact.float(), reduction=72)
 
 
 def test_nan_in_another_patch_does_not_leak() -> None:

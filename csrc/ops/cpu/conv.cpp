@@ -366,6 +366,33 @@ void add_to(const Tensor& sum, const Tensor& term) {
   sum.scalar_type() == ScalarType::Double ? add_elements<double>(sum, term) : add_elements<float>(sum, term);
 }
 
+// A strided 1x1 window reads single inputs. ATen gets those alone, with stride 1: oneDNN (in torch 2.11 to 2.13) leaves
+// lanes of its own copy of them unwritten where the channels are no multiple of its vector, and adds them in.
+struct Samples {
+  int64_t out_begin;
+  int64_t count;
+  int64_t in_begin;
+
+  static Samples of(const ConvCall& call, int axis, size_t patch) {
+    const int64_t stride = call.window.stride[axis];
+    const int64_t padding = call.window.padding[axis];
+    const auto first_output_at = [&](int64_t position) {
+      return position + padding <= 0 ? 0 : (position + padding + stride - 1) / stride;
+    };
+    const int64_t begin = std::max(call.bounds.out(axis)[patch], first_output_at(call.bounds.in(axis)[patch]));
+    const int64_t end = std::min(call.bounds.out(axis)[patch + 1], first_output_at(call.bounds.in(axis)[patch + 1]));
+    return {begin, std::max<int64_t>(end - begin, 0), begin * stride - padding};
+  }
+};
+
+Tensor sampled_input(const Tensor& input, const Pair& stride, const Samples& rows, const Samples& cols) {
+  const Sizes size = sizes_of(input);
+  const Sizes strides = element_strides(input);
+  return as_strided(input, {size[0], size[1], rows.count, cols.count},
+                    {strides[0], strides[1], strides[2] * stride[0], strides[3] * stride[1]},
+                    rows.in_begin * strides[2] + cols.in_begin * strides[3]);
+}
+
 // Adds the patches in row-major order in at least float32; `base`, where given, is added before rounding.
 Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_input, const ConvCall& call,
                        const OptionalTensor& base) {
@@ -384,17 +411,34 @@ Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_inpu
   }
   if (grad_output.numel() != 0 && input.numel() != 0 && call.weight_size[1] != 0) {
     const Tensor unread = new_contiguous(grad_output, call.weight_size, type);
-    for_each_patch(call, false, [&](const PatchPlan& plan) {
-      if (plan.sees_nothing()) return;
-      const Tensor term = torch::stable::contiguous(aten_convolution_backward(cast(plan.output_box(grad_output), type),
-                                                                              patch_input(input, plan, type), unread,
-                                                                              plan.padding(), call, Gradient::kWeight));
+    const auto add = [&](const Tensor& gradient, const Tensor& read, const Pair& padding, const ConvCall& of) {
+      const Tensor term = torch::stable::contiguous(
+          aten_convolution_backward(gradient, read, unread, padding, of, Gradient::kWeight));
       if (sum.has_value()) {
         add_to(*sum, term);
       } else {
         sum = term;
       }
-    });
+    };
+    const Pair stride = call.window.stride;
+    if (call.weight_size[2] == 1 && call.weight_size[3] == 1 && (stride[0] > 1 || stride[1] > 1)) {
+      ConvCall of_samples = call;
+      of_samples.window.stride = {1, 1};
+      for (size_t i = 0; i + 1 < call.bounds.in_rows.size(); ++i) {
+        const Samples rows = Samples::of(call, 0, i);
+        for (size_t j = 0; j + 1 < call.bounds.in_cols.size(); ++j) {
+          const Samples cols = Samples::of(call, 1, j);
+          if (rows.count == 0 || cols.count == 0) continue;
+          add(cast(box(grad_output, rows.out_begin, rows.count, cols.out_begin, cols.count), type),
+              cast(sampled_input(input, stride, rows, cols), type), {0, 0}, of_samples);
+        }
+      }
+    } else {
+      for_each_patch(call, false, [&](const PatchPlan& plan) {
+        if (plan.sees_nothing()) return;
+        add(cast(plan.output_box(grad_output), type), patch_input(input, plan, type), plan.padding(), call);
+      });
+    }
   }
   if (!sum.has_value()) {
     sum = new_contiguous(grad_output, call.weight_size, given_type);

@@ -1,0 +1,172 @@
+// place(): sorted heuristics first, then branch and bound on the parts that they leave above the lower bound, first for
+// the bound itself, then for whatever is better than the best so far.
+#include "memory/placement.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <string>
+
+#include "memory/errors.h"
+#include "memory/placement/heuristics.h"
+#include "memory/placement/problem.h"
+#include "memory/placement/search.h"
+
+namespace splitkern::memory {
+namespace {
+
+using namespace placement;
+
+// Above, a node of the search would cost too much, and its recursion too deep a stack.
+constexpr int32_t kSearchBuffers = 4096;
+// Pairs of buffers that first-fit by size may look at: some 4,000 buffers that all meet.
+constexpr int64_t kFirstFitWork = 8'000'000;
+
+class Clock {
+ public:
+  explicit Clock(double limit_s) : limit_s_(limit_s), begin_(std::chrono::steady_clock::now()) {}
+  bool over() const {
+    return limit_s_ > 0 && std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count() >= limit_s_;
+  }
+
+ private:
+  double limit_s_;
+  std::chrono::steady_clock::time_point begin_;
+};
+
+// One part and the best placement of it so far.
+struct Part {
+  Problem problem;
+  std::vector<int64_t> offsets;
+  int64_t peak = kUnlimited;
+
+  void offer(std::vector<int64_t> candidate) {
+    const int64_t candidate_peak = peak_of(problem, candidate);
+    if (!offsets.empty() && candidate_peak >= peak) return;
+    peak = candidate_peak;
+    offsets = std::move(candidate);
+  }
+};
+
+std::vector<int32_t> order_by(const Problem& problem, auto key, bool descending) {
+  std::vector<int64_t> keys(problem.buffers());
+  for (int32_t i = 0; i < problem.buffers(); ++i) keys[i] = key(i);
+  return sorted_positions(keys, descending);
+}
+
+void apply_heuristics(Part& part, int64_t target, const Clock& clock) {
+  const Problem& problem = part.problem;
+  const auto enough = [&] { return part.peak <= target || clock.over(); };
+  part.offer(first_fit_by_begin(problem));
+  for (const Fill fill : {Fill::kFromRight, Fill::kFromLeft}) {
+    if (enough()) return;
+    part.offer(fill_niches(problem, fill));
+  }
+}
+
+// The orders that place holes can be filled in; costs more than the rest.
+void apply_first_fits(Part& part, int64_t target, const Clock& clock) {
+  const Problem& problem = part.problem;
+  const auto size = [&](int32_t i) { return problem.size[i]; };
+  if (part.peak <= target || clock.over()) return;
+  if (auto offsets = first_fit_in_order(problem, order_by(problem, size, true), kFirstFitWork)) {
+    part.offer(std::move(*offsets));
+  }
+}
+
+// Spends up to `effort` nodes to bring the peak to `target`.
+void search_part(Part& part, int64_t target, int64_t effort, const Clock& clock) {
+  const Problem& problem = part.problem;
+  const auto stop = [&] { return clock.over(); };
+  // One for the target, one for capacities above it: what fails at one capacity would mislead at another.
+  Search at_target(problem, stop), above(problem, stop);
+  constexpr Preference kPreferences[] = {Preference::kWidest, Preference::kTightest, Preference::kLargest,
+                                         Preference::kArea};
+  const auto left = [&] { return effort - at_target.nodes() - above.nodes(); };
+  const auto spent = [&] { return left() <= 0 || clock.over(); };
+  const auto attempt = [&](Search& search, int64_t capacity, uint64_t round, int64_t node_limit) {
+    for (const Preference preference : kPreferences) {
+      if (spent()) break;
+      const Outcome outcome = search.run(capacity, preference, round, std::min(node_limit, left()));
+      if (outcome == Outcome::kFound) {
+        part.offer(std::vector<int64_t>(search.offsets().begin(), search.offsets().end()));
+      }
+      if (outcome != Outcome::kLimit) return outcome;
+    }
+    return Outcome::kLimit;
+  };
+  int64_t node_limit = 2 * problem.buffers();
+  for (uint64_t round = 0; part.peak > target && !spent(); ++round, node_limit *= 2) {
+    if (attempt(at_target, target, round, node_limit) == Outcome::kRefuted) ++target;
+    // Where the target resists: halve what is between it and the best, for as many nodes.
+    int64_t low = target;
+    for (const int64_t end = 2 * at_target.nodes(); part.peak > low + 1 && !spent();) {
+      if (at_target.nodes() + above.nodes() >= end) break;
+      const int64_t capacity = low + (part.peak - low) / 2;
+      const Outcome outcome = attempt(above, capacity, round, node_limit);
+      if (outcome == Outcome::kRefuted) target = std::max(target, capacity + 1);
+      if (outcome != Outcome::kFound) low = capacity;
+    }
+  }
+}
+
+}  // namespace
+
+Placement place(std::span<const Buffer> buffers, const PlacementOptions& options) {
+  if (options.capacity_bytes < 0) {
+    throw InvalidArgument("place: capacity_bytes must not be negative, got " + std::to_string(options.capacity_bytes));
+  }
+  if (options.effort < 0) {
+    throw InvalidArgument("place: effort must not be negative, got " + std::to_string(options.effort));
+  }
+  if (!(options.time_limit_s >= 0) || !std::isfinite(options.time_limit_s)) {
+    throw InvalidArgument("place: time_limit_s must be finite and not negative, got " +
+                          std::to_string(options.time_limit_s));
+  }
+  const Clock clock(options.time_limit_s);
+  const Problem problem = make_problem(buffers, options.alignment_bytes);
+  // A part may rise to where another has to, or to the capacity if that is given.
+  int64_t target = problem.lower_bound;
+  if (options.capacity_bytes != kUnlimited) target = std::max(target, options.capacity_bytes / options.alignment_bytes);
+
+  const auto ranges = independent_parts(problem);
+  std::vector<Part> parts;
+  parts.reserve(ranges.size());
+  for (const auto& [begin, end] : ranges) {
+    parts.push_back({part_of(problem, begin, end), {}, kUnlimited});
+    apply_heuristics(parts.back(), target, clock);
+  }
+  // The highest parts first: what they cannot go below, the others need not either.
+  std::vector<size_t> high;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    if (parts[p].peak > target) high.push_back(p);
+  }
+  std::stable_sort(high.begin(), high.end(), [&](size_t a, size_t b) { return parts[a].peak > parts[b].peak; });
+  int64_t reached = target;
+  for (const size_t p : high) {
+    Part& part = parts[p];
+    const int64_t wanted = std::max(reached, part.problem.lower_bound);
+    apply_first_fits(part, wanted, clock);
+    if (options.effort > 0 && part.problem.buffers() <= kSearchBuffers && part.peak > wanted) {
+      search_part(part, wanted, options.effort, clock);
+    }
+    reached = std::max(reached, part.peak);
+  }
+
+  Placement placement;
+  placement.offsets.assign(buffers.size(), 0);
+  placement.lower_bound_bytes = problem.lower_bound * options.alignment_bytes;
+  for (const Part& part : parts) {
+    for (int32_t i = 0; i < part.problem.buffers(); ++i) {
+      placement.offsets[problem.original[part.problem.original[i]]] = part.offsets[i] * options.alignment_bytes;
+    }
+    placement.peak_bytes = std::max(placement.peak_bytes, part.peak * options.alignment_bytes);
+  }
+  return placement;
+}
+
+int64_t lower_bound_bytes(std::span<const Buffer> buffers, int64_t alignment_bytes) {
+  return make_problem(buffers, alignment_bytes).lower_bound * alignment_bytes;
+}
+
+}  // namespace splitkern::memory

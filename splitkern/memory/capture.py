@@ -1,0 +1,692 @@
+"""Captures a training step, loss and parameter gradients included, as the graph that the memory planner reads.
+
+The step runs once on fake tensors under :class:`splitkern.memory.record.Recorder`, which sees what eager execution
+dispatches: nothing is computed, and model, buffers and random state stay as they are. `splitkern plan`, the profiler
+and the executor call it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from splitkern.memory import rewrite
+from splitkern.memory.record import (
+    Box,
+    CaptureError,
+    Label,
+    Labels,
+    RecordedOperation,
+    RecordedStorage,
+    Recorder,
+)
+from splitkern.memory.rewrite import Call
+from splitkern.split.surgery import SplitForward, split_forward_of
+
+__all__ = [
+    "CaptureError",
+    "CapturedOperation",
+    "CapturedStep",
+    "CapturedStorage",
+    "CapturedTensor",
+    "capture",
+]
+
+FORMAT = "splitkern.graph"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CapturedStorage:
+    """One allocation of the step.
+
+    Attributes:
+        name: unique; of a parameter, buffer or gradient ("grad.conv1.weight") from its qualified name.
+        size_bytes: as PyTorch allocates it.
+        kind: "parameter" (also buffers and constants), "gradient", "input" or "activation".
+        is_output: whether the step returns it.
+    """
+
+    name: str
+    size_bytes: int
+    kind: str
+    is_output: bool = False
+
+
+@dataclass(frozen=True)
+class CapturedTensor:
+    """A strided box of a storage. Offset and strides in bytes."""
+
+    name: str
+    storage: int
+    offset_bytes: int
+    sizes: tuple[int, ...]
+    strides_bytes: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """In elements, as PyTorch counts them."""
+        return tuple(stride // self.dtype.itemsize for stride in self.strides_bytes)
+
+
+@dataclass(frozen=True)
+class CapturedOperation:
+    """One operation; the fields that the planner reads are those of ``Operation`` in csrc/memory/graph.h.
+
+    Attributes:
+        flop: floating-point operations: 2·N·K·P·Q·(C/g)·R·S for each pass of a convolution.
+        bytes: bytes of all that it reads and writes.
+        call: what eager execution ran.
+        out_call: a call that writes into the destinations without allocating them; None where there is none.
+    """
+
+    name: str
+    target: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    inplace: tuple[tuple[int, int], ...]
+    accumulates: tuple[int, ...]
+    mutates: tuple[int, ...]
+    is_sum: bool
+    is_random: bool
+    is_backward: bool
+    patch: int
+    segment: str
+    module: str
+    flop: int
+    bytes: int
+    call: Call = field(repr=False)
+    out_call: Call | None = field(repr=False)
+    duration_us: float = 0.0
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A training step as captured.
+
+    Attributes:
+        name: of the graph.
+        storages, tensors, operations: indices are positions in these tuples; operations are in execution order.
+        loss: tensor of the loss.
+        outputs: tensors of what the model returned, where they were asked for.
+        gradients: tensor of the gradient of every parameter that gets one, by qualified name; of an input that requires
+            a gradient under the input's name ("input.0").
+        parameters: tensor of every parameter and buffer, by qualified name; a tied one under each of its names.
+        inputs: tensor of every example input and target, by name ("input.0", "target.0").
+        constants: value of every tensor that the model holds as neither parameter nor buffer, by tensor.
+        device: where the step was captured for.
+    """
+
+    name: str
+    storages: tuple[CapturedStorage, ...]
+    tensors: tuple[CapturedTensor, ...]
+    operations: tuple[CapturedOperation, ...]
+    loss: int
+    outputs: tuple[int, ...]
+    gradients: Mapping[str, int]
+    parameters: Mapping[str, int]
+    inputs: Mapping[str, int]
+    constants: Mapping[int, Tensor] = field(repr=False)
+    device: torch.device
+    durations_from: str = ""
+
+    def graph_dict(self) -> dict[str, Any]:
+        """The graph as JSON-able values, in the format "splitkern.graph", version 1. Bytes and microseconds."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "durations_from": self.durations_from,
+            "storages": [
+                {"name": s.name, "size_bytes": s.size_bytes, "kind": s.kind, "is_output": s.is_output}
+                for s in self.storages
+            ],
+            "tensors": [
+                {
+                    "name": t.name,
+                    "storage": t.storage,
+                    "offset_bytes": t.offset_bytes,
+                    "sizes": list(t.sizes),
+                    "strides_bytes": list(t.strides_bytes),
+                    "element_bytes": t.element_bytes,
+                }
+                for t in self.tensors
+            ],
+            "operations": [
+                {
+                    "name": o.name,
+                    "target": o.target,
+                    "duration_us": o.duration_us,
+                    "workspace_bytes": o.workspace_bytes,
+                    "reads": list(o.reads),
+                    "writes": list(o.writes),
+                    "inplace": [list(pair) for pair in o.inplace],
+                    "accumulates": list(o.accumulates),
+                    "mutates": list(o.mutates),
+                    "is_sum": o.is_sum,
+                    "is_random": o.is_random,
+                    "is_backward": o.is_backward,
+                    "patch": o.patch,
+                    "segment": o.segment,
+                    "module": o.module,
+                }
+                for o in self.operations
+            ],
+        }
+
+    def graph_json(self) -> str:
+        """:meth:`graph_dict` as JSON text."""
+        return json.dumps(self.graph_dict())
+
+    def with_durations(
+        self, durations_us: Sequence[float], durations_from: str, *, workspace_bytes: Sequence[int] | None = None
+    ) -> CapturedStep:
+        """The same step with how long each operation takes.
+
+        Args:
+            durations_us: microseconds of every operation, in order.
+            durations_from: "measured: ..." or "estimate: ...".
+            workspace_bytes: device memory that each needs only while it runs; unchanged unless given.
+
+        Raises:
+            ValueError: where there are not as many as operations.
+        """
+        for argument, values in (("durations_us", durations_us), ("workspace_bytes", workspace_bytes)):
+            if values is not None and len(values) != len(self.operations):
+                raise ValueError(
+                    f"{argument} must have one value for each of {len(self.operations)}, got {len(values)}"
+                )
+        workspaces = [o.workspace_bytes for o in self.operations] if workspace_bytes is None else workspace_bytes
+        operations = tuple(
+            replace(operation, duration_us=float(duration), workspace_bytes=int(workspace))
+            for operation, duration, workspace in zip(self.operations, durations_us, workspaces, strict=True)
+        )
+        return replace(self, operations=operations, durations_from=durations_from)
+
+    def runnable(self, index: int, device: torch.device | str | None = None) -> Callable[[], None]:
+        """An operation on tensors of its real shapes and strides, to be timed.
+
+        Floating-point tensors hold normal random numbers, drawn without touching the global random state; others hold
+        zeros, which are valid as class labels and as pooling positions.
+
+        Args:
+            index: of the operation.
+            device: where; the step's own unless given.
+
+        Returns:
+            Runs the operation once, asynchronously on CUDA. It holds the tensors.
+        """
+        device = self.device if device is None else torch.device(device)
+        operation = self.operations[index]
+        generator = torch.Generator(device).manual_seed(index)
+        reads = [_example(self.tensors[place], device, generator) for place in operation.reads]
+        writes = [_example(self.tensors[place], device, generator) for place in operation.writes]
+        call = operation.call if operation.out_call is None or device.type == "cpu" else operation.out_call
+
+        def run() -> None:
+            rewrite.run_call(call, reads, writes)
+
+        return run
+
+
+def _example(tensor: CapturedTensor, device: torch.device, generator: torch.Generator) -> Tensor:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.sizes, tensor.strides, strict=True))
+    count = 0 if 0 in tensor.sizes else last + 1
+    flat = torch.zeros(count, dtype=tensor.dtype, device=device)
+    if tensor.dtype.is_floating_point:
+        flat.normal_(generator=generator)
+    return flat.as_strided(tensor.sizes, tensor.strides)
+
+
+# --- capture ------------------------------------------------------------------------------------------------------
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    targets: Tensor | Sequence[Any] = (),
+    outputs: bool = False,
+    name: str = "",
+) -> CapturedStep:
+    """Capture one training step of a model, split or not: forward, loss, and the gradients of its parameters.
+
+    Nothing is computed: only shapes matter. Model, gradients, buffers and random state stay as they are. Autocast and
+    training flags are those of the moment. Of a model split with ``recompute=True`` the step without recomputation is
+    captured, because what to recompute is for the planner to decide.
+
+    Args:
+        model: any module whose control flow does not depend on tensor values.
+        example_inputs: its input, or the tuple of its arguments; on the device that the step is for.
+        loss: takes what the model returns and then the targets, returns a scalar; without it the model returns its
+            loss itself.
+        targets: further arguments of the loss.
+        outputs: whether the step also returns what the model returns.
+        name: of the graph; the model's class unless given.
+
+    Returns:
+        The step.
+
+    Raises:
+        CaptureError: a ValueError that names the operation and the module, where the step cannot be captured.
+        TypeError: where an argument has the wrong type.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+        >>> images, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+        >>> step = capture(model, images, loss=torch.nn.functional.cross_entropy, targets=labels)
+        >>> step.operations[0].target
+        'conv2d'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    arguments = _arguments("example_inputs", example_inputs)
+    extra = _arguments("targets", targets)
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of the model's output and the targets, got {type(loss).__name__}")
+    modules = _modules(model, loss)
+    _require_capturable(modules)
+    with ExitStack() as stack:
+        stack.enter_context(_without_recomputation(model))
+        stack.enter_context(_unchanged(modules))
+        stack.enter_context(_fresh_autocast_cache())
+        return _Capture(model, modules, loss, arguments, extra, outputs).run(name or type(model).__name__)
+
+
+def _arguments(argument: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Tensor):
+        return (value,)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{argument} must be a tensor or a tuple of arguments, got {type(value).__name__}")
+    return tuple(value)
+
+
+def _modules(model: nn.Module, loss: Any) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    if isinstance(loss, nn.Module):
+        prefix = "loss"
+        while prefix in modules:
+            prefix += "_"
+        modules.update({f"{prefix}.{name}" if name else prefix: module for name, module in loss.named_modules()})
+    return modules
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise CaptureError(
+                f"{_where(path, module)} has forward or backward hooks, which a captured step would not run; "
+                f"remove them first"
+            )
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
+            full = f"{path}.{key}" if path else key
+            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+                raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
+            if is_lazy(tensor):
+                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
+            if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+                raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
+    forward = split_forward_of(modules[""])
+    if forward is not None and forward.enabled and forward.options.boundary == "stochastic" and forward.model.training:
+        raise CaptureError(
+            'the model is split with boundary="stochastic", whose boundaries change every step; '
+            'capture it with boundary="zero" or "halo"'
+        )
+
+
+def _where(path: str, module: nn.Module) -> str:
+    return f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+
+
+@contextmanager
+def _without_recomputation(model: nn.Module) -> Iterator[None]:
+    forward: SplitForward | None = split_forward_of(model)
+    if forward is None:
+        yield
+        return
+    before = forward.options
+    forward.options = replace(before, recompute=False)
+    try:
+        yield
+    finally:
+        forward.options = before
+
+
+@contextmanager
+def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Give every module back what it held; a tensor of the step that it keeps is an error."""
+    inner = ("_parameters", "_buffers", "_modules")
+    before = [
+        (path, module, dict(module.__dict__), {key: dict(module.__dict__[key]) for key in inner})
+        for path, module in modules.items()
+    ]
+    kept: list[str] = []
+    try:
+        yield
+    finally:
+        for path, module, attributes, dictionaries in before:
+            for key, value in list(module.__dict__.items()):
+                if attributes.get(key, _unchanged) is value:
+                    continue
+                if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value)):
+                    kept.append(f"{_where(path, module)} keeps a tensor of the step in {key!r}")
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for key, values in dictionaries.items():
+                module.__dict__[key].clear()
+                module.__dict__[key].update(values)
+    if kept:
+        raise CaptureError(f"{kept[0]}, which a captured step would not set; return it instead")
+
+
+@contextmanager
+def _fresh_autocast_cache() -> Iterator[None]:
+    """Autocast keeps casts of parameters: neither may the capture see real ones nor may fake ones stay."""
+    enabled = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    if enabled:
+        torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        if enabled:
+            torch.clear_autocast_cache()
+
+
+class _Capture:
+    """One capture under way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        loss: Callable[..., Tensor] | None,
+        arguments: tuple[Any, ...],
+        targets: tuple[Any, ...],
+        outputs: bool,
+    ) -> None:
+        self.model, self.modules, self.loss = model, modules, loss
+        self.arguments, self.targets, self.wants_outputs = arguments, targets, outputs
+        self.fake_mode = FakeTensorMode(static_shapes=True)
+        self.recorder = Recorder(self.fake_mode)
+        names: dict[int, str] = {}
+        for path, module in modules.items():
+            names.setdefault(id(module), path)
+        self.labels = Labels(self.recorder, names)
+        self.parameters: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+
+    def run(self, name: str) -> CapturedStep:
+        self._fake_parameters()
+        arguments, targets = self._fake_inputs("input", self.arguments), self._fake_inputs("target", self.targets)
+        wanted = {
+            path: tensor for path, tensor in (*self.parameters.items(), *self.inputs.items()) if tensor.requires_grad
+        }
+        unique: dict[int, tuple[str, Tensor]] = {}
+        for path, tensor in wanted.items():
+            unique.setdefault(id(tensor), (path, tensor))
+        try:
+            with self.fake_mode, self.recorder, torch.enable_grad():
+                with self.labels.forward():
+                    result = self.model(*arguments)
+                    loss = result if self.loss is None else self._loss(result, targets)
+                self._require_loss(loss)
+                leaves = [tensor for _, tensor in unique.values()]
+                with self.labels.backward(loss.grad_fn):
+                    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                self.recorder.label = Label()
+                gradients = self._gradients(dict(zip(unique.values(), found, strict=True)))
+        except CaptureError as error:
+            raise self._error(error) from error
+        except Exception as error:
+            raise self._error(error) from error
+        boxes = self.recorder.box
+        returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] if self.wants_outputs else []
+        return _Assembly(
+            self.recorder,
+            loss=boxes(loss),
+            outputs=[boxes(tensor) for tensor in returned],
+            gradients={
+                path: gradients[unique[id(tensor)][0]]
+                for path, tensor in wanted.items()
+                if unique[id(tensor)][0] in gradients
+            },
+            parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
+            inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
+        ).step(name, self._device())
+
+    def _device(self) -> torch.device:
+        for tensor in (*self.inputs.values(), *self.parameters.values()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def _fake_parameters(self) -> None:
+        """Give the modules fake parameters and buffers; one that is in two places stays one."""
+        fakes: dict[int, Tensor] = {}
+        for path, module in self.modules.items():
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in stores:
+                for key, tensor in held.items():
+                    if tensor is None:
+                        continue
+                    full = f"{path}.{key}" if path else key
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+                        self.recorder.declare(fakes[id(tensor)], "parameter", full)
+                    held[key] = fakes[id(tensor)]
+                    self.parameters[full] = fakes[id(tensor)]
+        # named_modules lists a shared module once; its other paths are names of the same tensors.
+        for path, tensor in self.model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                self.parameters.setdefault(path, tensor)
+
+    def _fake_inputs(self, prefix: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        count = 0
+
+        def fake(tensor: Tensor) -> Tensor:
+            nonlocal count
+            full = f"{prefix}.{count}"
+            count += 1
+            result = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+            result.requires_grad_(tensor.requires_grad)
+            self.recorder.declare(result, "input", full)
+            self.inputs[full] = result
+            return result
+
+        mapped: tuple[Any, ...] = tree_map_only(Tensor, fake, values)
+        return mapped
+
+    def _loss(self, result: Any, targets: tuple[Any, ...]) -> Tensor:
+        assert self.loss is not None
+        if not isinstance(self.loss, nn.Module):
+            self.labels.enter("loss")
+        return self.loss(result, *targets)
+
+    def _require_loss(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor):
+            came = type(loss).__name__
+            raise CaptureError(
+                f"the loss must be a scalar tensor, got a {came}; give loss= where the model returns none"
+            )
+        if loss.numel() != 1:
+            raise CaptureError(f"the loss must be a scalar, got shape {list(loss.shape)}; give loss= or reduce it")
+        if loss.grad_fn is None:
+            raise CaptureError("the loss does not depend on anything that requires a gradient")
+
+    def _gradients(self, found: Mapping[tuple[str, Tensor], Tensor | None]) -> dict[str, Box]:
+        """Every gradient in a storage of its own with its parameter's strides, as autograd leaves it in ``.grad``."""
+        recorder = self.recorder
+        taken: set[int] = set()
+        boxes: dict[str, Box] = {}
+        for (path, leaf), gradient in found.items():
+            if gradient is None:
+                continue
+            box = recorder.box(gradient)
+            storage = recorder.storages[box.storage]
+            fits = gradient.stride() == leaf.stride() and rewrite.box_bytes(box) == storage.size_bytes
+            if storage.kind != "" or box.storage in taken or not fits:
+                box = recorder.copy(gradient, "gradient", f"grad.{path}", leaf)
+            else:
+                storage.kind, storage.name = "gradient", f"grad.{path}"
+            taken.add(box.storage)
+            boxes[path] = box
+        return boxes
+
+    def _error(self, error: Exception) -> CaptureError:
+        operator, label = self.recorder.failed or ("", self.recorder.label)
+        module = self.modules.get(label.module)
+        where = _where(label.module, module) if module is not None else repr(label.module)
+        what = f"{operator} in {where}" if operator else where
+        phase = "backward" if self.recorder.is_backward else "forward"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return CaptureError(f"cannot capture {what} ({phase}): {reason[0]}")
+
+
+class _Assembly:
+    """From a record to a step: rewrites, names, and what each operation may do."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        *,
+        loss: Box,
+        outputs: Sequence[Box],
+        gradients: Mapping[str, Box],
+        parameters: Mapping[str, Box],
+        inputs: Mapping[str, Box],
+    ) -> None:
+        self.storages: list[RecordedStorage] = recorder.storages
+        self.loss, self.outputs = loss, outputs
+        self.gradients, self.parameters, self.inputs = gradients, parameters, inputs
+        returned = {box.storage for box in (loss, *outputs)}
+        self.returned = returned
+        for index in returned:
+            if self.storages[index].kind == "":
+                self.storages[index].kind = "activation"
+        operations = [
+            part for operation in recorder.operations for part in rewrite.split_convolution_backward(operation)
+        ]
+        self.recorded = rewrite.write_joins(operations, self.storages)
+        self.boxes: dict[Box, int] = {}
+        self.kept: dict[int, int] = {}
+        self.names: Counter[str] = Counter()
+        self.captured_storages: list[CapturedStorage] = []
+        self.tensors: list[CapturedTensor] = []
+
+    def step(self, name: str, device: torch.device) -> CapturedStep:
+        for box in (*self.parameters.values(), *self.inputs.values()):
+            self._tensor(box, "")
+        operations = [self._operation(operation) for operation in self.recorded]
+        constants = {
+            self._tensor(self._whole(index, storage.constant), ""): storage.constant
+            for index, storage in enumerate(self.storages)
+            if storage.constant is not None and index in self.kept
+        }
+        places: dict[str, Any] = {
+            "loss": self._tensor(self.loss, ""),
+            "outputs": tuple(self._tensor(box, "") for box in self.outputs),
+            "gradients": {path: self._tensor(box, "") for path, box in self.gradients.items()},
+            "parameters": {path: self._tensor(box, "") for path, box in self.parameters.items()},
+            "inputs": {path: self._tensor(box, "") for path, box in self.inputs.items()},
+        }
+        return CapturedStep(
+            name=name,
+            storages=tuple(self.captured_storages),
+            tensors=tuple(self.tensors),
+            operations=tuple(operations),
+            constants=constants,
+            device=device,
+            **places,
+        )
+
+    @staticmethod
+    def _whole(index: int, value: Tensor) -> Box:
+        size = value.element_size()
+        strides = tuple(stride * size for stride in value.stride())
+        return Box(index, int(value.storage_offset()) * size, tuple(value.shape), strides, value.dtype)
+
+    def _unique(self, name: str) -> str:
+        self.names[name] += 1
+        return name if self.names[name] == 1 else f"{name}#{self.names[name]}"
+
+    def _tensor(self, box: Box, maker: str) -> int:
+        if box in self.boxes:
+            return self.boxes[box]
+        storage = self.storages[box.storage]
+        if box.storage not in self.kept:
+            self.kept[box.storage] = len(self.captured_storages)
+            self.captured_storages.append(
+                CapturedStorage(
+                    name=self._unique(storage.name or maker),
+                    size_bytes=storage.size_bytes,
+                    kind=storage.kind or "activation",
+                    is_output=box.storage in self.returned,
+                )
+            )
+        place = self.kept[box.storage]
+        self.boxes[box] = len(self.tensors)
+        self.tensors.append(
+            CapturedTensor(
+                name=self._unique(f"{self.captured_storages[place].name}:{'x'.join(map(str, box.sizes))}"),
+                storage=place,
+                offset_bytes=box.offset_bytes,
+                sizes=box.sizes,
+                strides_bytes=box.strides_bytes,
+                dtype=box.dtype,
+            )
+        )
+        return self.boxes[box]
+
+    def _operation(self, recorded: RecordedOperation) -> CapturedOperation:
+        target = rewrite.target_of(recorded)
+        label = recorded.label
+        patch = f"[{label.patch}]" if label.patch >= 0 else ""
+        name = self._unique(f"{label.module or 'model'}{patch}/{target}")
+        reads = tuple(self._tensor(box, name) for box in recorded.reads)
+        writes = tuple(self._tensor(box, name) for box in recorded.writes)
+        return CapturedOperation(
+            name=name,
+            target=target,
+            reads=reads,
+            writes=writes,
+            inplace=tuple(rewrite.inplace_pairs(recorded, self.storages)),
+            accumulates=(0,) if target == "conv2d_weight_grad" else (),
+            mutates=recorded.mutates,
+            is_sum=rewrite.is_sum(recorded),
+            is_random=rewrite.is_random(recorded.overload),
+            is_backward=recorded.is_backward,
+            patch=label.patch,
+            segment="region" if label.in_region else label.module.partition(".")[0],
+            module=label.module,
+            flop=rewrite.flop_of(recorded, target),
+            bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
+            call=rewrite.original_call(recorded),
+            out_call=rewrite.out_call(recorded),
+        )
