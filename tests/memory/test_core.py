@@ -125,7 +125,7 @@ def test_json_round_trips_and_names_the_place_of_an_error() -> None:
     assert caught.value.line >= 1
     assert caught.value.column >= 1
     with pytest.raises(_core.InvalidArgument):
-        _core.Graph.from_json(graph.to_json().replace('"size_bytes":4096', '"size_bytes":1'))
+        _core.Graph.from_json(graph.to_json().replace('"size_bytes": 4096', '"size_bytes": 1'))
 
 
 @pytest.mark.parametrize("strategy", _core.strategy_names())
