@@ -1,5 +1,4 @@
-"""The memory library, by its own C++ checks (``native``): built alone, without torch and Python, under sanitizers.
-"""
+"""The memory library, by its own C++ checks (``native``): built alone, without torch and Python, under sanitizers."""
 
 from __future__ import annotations
 
