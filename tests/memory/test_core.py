@@ -11,6 +11,7 @@ import pickle
 import threading
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -189,7 +190,12 @@ def test_placement() -> None:
 
 def test_placement_lets_other_threads_run() -> None:
     """A thread that searches for long holds no lock of the interpreter: this one sees it at work."""
-    buffers = _core.perfect_packing(buffers=120, pinwheel_percent=100, seed=1)
+    random = Random(1)
+    begins = [random.randrange(100) for _ in range(150)]
+    buffers = [
+        _core.Buffer(begin=begin, end=begin + random.randrange(1, 40), size_bytes=random.randrange(500, 1500))
+        for begin in begins
+    ]
     begun, ended = threading.Event(), threading.Event()
 
     def search() -> None:
