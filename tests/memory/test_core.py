@@ -11,7 +11,6 @@ import pickle
 import threading
 import time
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -188,25 +187,46 @@ def test_placement() -> None:
     assert _core.read_minimalloc_csv(text).offsets == placed.offsets
 
 
-def test_placement_lets_other_threads_run() -> None:
-    """A thread that searches for long holds no lock of the interpreter: this one sees it at work."""
-    random = Random(1)
-    begins = [random.randrange(100) for _ in range(150)]
-    buffers = [
-        _core.Buffer(begin=begin, end=begin + random.randrange(1, 40), size_bytes=random.randrange(500, 1500))
-        for begin in begins
+def chain(layers: int) -> _core.Graph:
+    """A chain of operations whose results all come back in backward."""
+    kinds = [_core.StorageKind.INPUT, *[_core.StorageKind.ACTIVATION] * (2 * layers + 1)]
+    storages = [
+        _core.Storage(name=f"s{i}", size_bytes=512 * (1 + i * 7 % 13), kind=kind, is_output=i == 2 * layers + 1)
+        for i, kind in enumerate(kinds)
     ]
+    tensors = [
+        _core.Tensor(name=s.name, storage=i, sizes=[s.size_bytes], strides_bytes=[1]) for i, s in enumerate(storages)
+    ]
+    forward = [
+        _core.Operation(name=f"f{i}", target="conv2d", duration_us=1 + i * 5 % 7, reads=[i], writes=[i + 1])
+        for i in range(layers)
+    ]
+    backward = [
+        _core.Operation(
+            name=f"b{i}", target="conv2d_input_grad", duration_us=1 + i * 5 % 7, is_backward=True,
+            reads=[layers + i, layers - i], writes=[layers + i + 1],
+        )
+        for i in range(layers + 1)
+    ]  # fmt: skip
+    return _core.Graph(name="chain", storages=storages, tensors=tensors, operations=[*forward, *backward])
+
+
+def test_planning_lets_other_threads_run() -> None:
+    """A thread that plans holds no lock of the interpreter: this one sees it at work."""
+    graph = chain(6000)
+    everything = _core.plan(graph, _core.Limits(), strategy="none").predicted.device_peak_bytes
+    limits = _core.Limits(device_bytes=everything // 3, offload_gbps=0.5, prefetch_gbps=0.5)
     begun, ended = threading.Event(), threading.Event()
 
-    def search() -> None:
+    def work() -> None:
         begun.set()
-        _core.place(buffers, effort=10**12, time_limit_s=3)
+        _core.plan(graph, limits, search_effort=1000)
         ended.set()
 
-    thread = threading.Thread(target=search)
+    thread = threading.Thread(target=work)
     thread.start()
     begun.wait()
-    time.sleep(0.5)  # enough to be inside the search; with the lock held, this thread would wake up after its end
+    time.sleep(0.02)  # with the lock held, this thread would wake up after the other's end
     assert not ended.is_set()
     thread.join()
     assert ended.is_set()
