@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitkern.benchmarks.networks import NetworkOptions, capture_network
 from splitkern.memory.cost_model import CostModel, with_durations
+
+if TYPE_CHECKING:
+    from splitkern.memory.capture import CapturedStep
 
 SLOWDOWNS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
 CAPTURED_BATCHES = (2, 4, 7)
@@ -68,14 +71,9 @@ class ScalableStep:
         Raises:
             ScaleError: where the third is not what the other two predict; the text says where.
         """
-        from dataclasses import replace
-
         low, high, proof = batches
         steps = [capture_network(replace(options, batch=batch)) for batch in (low, high, proof)]
-        values = [
-            {**step.graph_dict(), "name": "", "costs": [[one.flop, one.bytes] for one in step.operations]}
-            for step in steps
-        ]
+        values = [_value(step) for step in steps]
         step = cls((low, high), (values[0], values[1]), [str(one.call.overload) for one in steps[0].operations])
         difference = _first_difference(step.at(proof), values[2], "step")
         if difference is not None:
@@ -100,6 +98,14 @@ class ScalableStep:
             for operation, (flop, size_bytes), call in zip(graph["operations"], costs, self.calls, strict=True)
         )
         return json.dumps({**with_durations(graph, durations_us, model.label), "name": name})
+
+
+def _value(step: CapturedStep) -> dict[str, Any]:
+    graph = step.graph_dict()
+    # Names of tensors hold their shapes.
+    tensors = [{**tensor, "name": f"tensor {index}"} for index, tensor in enumerate(graph["tensors"])]
+    costs = [[one.flop, one.bytes] for one in step.operations]
+    return {**graph, "name": "", "tensors": tensors, "costs": costs}
 
 
 def _between(low: Any, high: Any, low_batch: int, high_batch: int, batch: int, where: str) -> Any:
