@@ -25,6 +25,7 @@ CAPTURED_BATCHES = (2, 4, 7)
 NETWORKS = ("vgg19", "resnet50")
 GRIDS = ((1, 1), (2, 2), (4, 4))
 _LARGEST_BATCH = 1 << 16
+_ROUNDING = 1e-9  # of a slowdown
 
 
 class ScaleError(ValueError):
@@ -232,7 +233,7 @@ def largest_batches(
         misses = misses + 1 if slowdown(steps[-1]) > max(slowdowns) else 0
     answers = {}
     for limit in slowdowns:
-        within = [batch for batch in sorted(points) if slowdown(batch) <= limit]
+        within = [batch for batch in sorted(points) if slowdown(batch) <= limit + _ROUNDING]
         if not within:
             answers[limit] = 0
             continue
@@ -240,7 +241,7 @@ def largest_batches(
         high = min((batch for batch in points if batch > low), default=low + 1)
         while high - low > max(1, int(resolution * low)):
             middle = (low + high) // 2
-            low, high = (middle, high) if slowdown(middle) <= limit else (low, middle)
+            low, high = (middle, high) if slowdown(middle) <= limit + _ROUNDING else (low, middle)
         answers[limit] = low
     return answers, [Point(batch, points[batch]) for batch in sorted(points)]
 
