@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only
 
 from splitkern.memory import rewrite
 from splitkern.memory.record import (
@@ -139,6 +139,9 @@ class CapturedStep:
             ("input.0", "target.0", "grad_output.0").
         constants: value of every tensor that the model holds as neither parameter nor buffer, by tensor.
         device: where the step was captured for.
+        differentiable: of ``outputs``, the positions of those that a gradient is given for.
+        structure: how the outputs are nested in what the model returns, as of ``torch.utils._pytree``; None where they
+            were not asked for.
     """
 
     name: str
@@ -152,6 +155,8 @@ class CapturedStep:
     inputs: Mapping[str, int]
     constants: Mapping[int, Tensor] = field(repr=False)
     device: torch.device
+    differentiable: tuple[int, ...] = ()
+    structure: TreeSpec | None = field(default=None, repr=False)
     durations_from: str = ""
 
     def graph_dict(self) -> dict[str, Any]:
@@ -469,10 +474,9 @@ class _Capture:
             unique.setdefault(id(tensor), (path, tensor))
         leaves = [tensor for _, tensor in unique.values()]
         try:
-            with self.fake_mode, self.recorder, torch.enable_grad():
-                with self.labels.forward():
-                    result = self.model(*arguments)
-                    roots = [result] if self.loss is None else [self._loss(result, targets)]
+            with self.fake_mode, self.recorder, torch.enable_grad(), self.labels.forward():
+                result = self.model(*arguments)
+                roots = [result] if self.loss is None else [self._loss(result, targets)]
             if self.given_gradients:
                 roots = self._differentiable(result)
                 given: tuple[Any, ...] | None = self._fake_gradients(roots)
@@ -489,6 +493,10 @@ class _Capture:
         except Exception as error:
             raise self._error(error) from error
         boxes = self.recorder.box
+        everything, structure = tree_flatten(result)
+        if self.given_gradients and not all(isinstance(leaf, Tensor) for leaf in everything):
+            came = next(type(leaf).__name__ for leaf in everything if not isinstance(leaf, Tensor))
+            raise CaptureError(f"the model must return tensors only, however nested, got a {came} among them")
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] if self.wants_outputs else []
         return _Assembly(
             self.recorder,
@@ -501,7 +509,12 @@ class _Capture:
             },
             parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
             inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
-        ).step(name, self._device())
+        ).step(
+            name,
+            self._device(),
+            differentiable=tuple(i for i, leaf in enumerate(returned) if leaf.grad_fn is not None),
+            structure=structure if self.wants_outputs else None,
+        )
 
     def _device(self) -> torch.device:
         for tensor in (*self.inputs.values(), *self.parameters.values()):
@@ -644,7 +657,7 @@ class _Assembly:
         self.captured_storages: list[CapturedStorage] = []
         self.tensors: list[CapturedTensor] = []
 
-    def step(self, name: str, device: torch.device) -> CapturedStep:
+    def step(self, name: str, device: torch.device, **returned: Any) -> CapturedStep:
         for box in (*self.parameters.values(), *self.inputs.values()):
             self._tensor(box, "")
         operations = [self._operation(operation) for operation in self.recorded]
@@ -667,6 +680,7 @@ class _Assembly:
             operations=tuple(operations),
             constants=constants,
             device=device,
+            **returned,
             **places,
         )
 
