@@ -345,6 +345,10 @@ _HOOKS = (
 
 def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                full = f"{path}.{key}" if path else key
+                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise CaptureError(
                 f"{_where(path, module)} has forward or backward hooks, which a captured step would not run; "
@@ -356,8 +360,6 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             full = f"{path}.{key}" if path else key
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
-            if is_lazy(tensor):
-                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
     forward = split_forward_of(modules[""])
@@ -446,6 +448,7 @@ class _Capture:
         for path, module in modules.items():
             names.setdefault(id(module), path)
         self.labels = Labels(self.recorder, names)
+        self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
 
@@ -464,6 +467,7 @@ class _Capture:
                     result = self.model(*arguments)
                     loss = result if self.loss is None else self._loss(result, targets)
                 self._require_loss(loss)
+                self.phase = "backward"
                 leaves = [tensor for _, tensor in unique.values()]
                 with self.labels.backward(loss.grad_fn):
                     found = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -570,14 +574,13 @@ class _Capture:
         module = self.modules.get(label.module)
         where = _where(label.module, module) if module is not None else repr(label.module)
         what = f"{operator} in {where}" if operator else where
-        phase = "backward" if self.recorder.is_backward else "forward"
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
         elif isinstance(error, UnsupportedOperatorException):
             reason = "the operator has no shape rule (register_fake)"
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return CaptureError(f"cannot capture {what} ({phase}): {reason}")
+        return CaptureError(f"cannot capture {what} ({self.phase}): {reason}")
 
 
 class _Assembly:
@@ -613,8 +616,10 @@ class _Assembly:
         self.names: Counter[str] = Counter()
         self.captured_storages: list[CapturedStorage] = []
         self.tensors: list[CapturedTensor] = []
+        self.device_type = "cpu"
 
     def step(self, name: str, device: torch.device) -> CapturedStep:
+        self.device_type = device.type
         for box in (*self.parameters.values(), *self.inputs.values()):
             self._tensor(box, "")
         operations = [self._operation(operation) for operation in self.recorded]
@@ -702,5 +707,5 @@ class _Assembly:
             flop=rewrite.flop_of(recorded, target),
             bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
             call=rewrite.original_call(recorded),
-            out_call=rewrite.out_call(recorded),
+            out_call=rewrite.out_call(recorded, self.device_type),
         )
