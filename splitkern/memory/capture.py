@@ -357,6 +357,10 @@ _HOOKS = (
 
 def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                full = f"{path}.{key}" if path else key
+                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise CaptureError(
                 f"{_where(path, module)} has forward or backward hooks, which a captured step would not run; "
@@ -368,8 +372,6 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             full = f"{path}.{key}" if path else key
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
-            if is_lazy(tensor):
-                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
     forward = split_forward_of(modules[""])
@@ -460,6 +462,7 @@ class _Capture:
         for path, module in modules.items():
             names.setdefault(id(module), path)
         self.labels = Labels(self.recorder, names)
+        self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
 
@@ -484,6 +487,7 @@ class _Capture:
                 self._require_loss(roots[0])
                 given = None
             with self.fake_mode, self.recorder, torch.enable_grad():
+                self.phase = "backward"
                 with self.labels.backward([root.grad_fn for root in roots]):
                     found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
                 self.recorder.label = Label()
@@ -613,14 +617,13 @@ class _Capture:
         module = self.modules.get(label.module)
         where = _where(label.module, module) if module is not None else repr(label.module)
         what = f"{operator} in {where}" if operator else where
-        phase = "backward" if self.recorder.is_backward else "forward"
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
         elif isinstance(error, UnsupportedOperatorException):
             reason = "the operator has no shape rule (register_fake)"
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return CaptureError(f"cannot capture {what} ({phase}): {reason}")
+        return CaptureError(f"cannot capture {what} ({self.phase}): {reason}")
 
 
 class _Assembly:
@@ -656,8 +659,10 @@ class _Assembly:
         self.names: Counter[str] = Counter()
         self.captured_storages: list[CapturedStorage] = []
         self.tensors: list[CapturedTensor] = []
+        self.device_type = "cpu"
 
     def step(self, name: str, device: torch.device, **returned: Any) -> CapturedStep:
+        self.device_type = device.type
         for box in (*self.parameters.values(), *self.inputs.values()):
             self._tensor(box, "")
         operations = [self._operation(operation) for operation in self.recorded]
@@ -746,5 +751,5 @@ class _Assembly:
             flop=rewrite.flop_of(recorded, target),
             bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
             call=rewrite.original_call(recorded),
-            out_call=rewrite.out_call(recorded),
+            out_call=rewrite.out_call(recorded, self.device_type),
         )

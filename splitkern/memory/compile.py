@@ -296,10 +296,11 @@ def _plan(graph: _core.Graph, rates: dict[str, float], options: CompileOptions, 
                 error.smallest_feasible_bytes,
             ) from error
         smallest = error.smallest_feasible_bytes + beside
+        parts = f"reserve {bytes_text(reserve_bytes)}, optimizer {bytes_text(options.optimizer_bytes)}"
         raise BudgetError(
             f"budget={bytes_text(options.budget)} ({options.budget} bytes) is too small for a step of this model: "
             f"the smallest that would do is {bytes_text(smallest)} ({smallest} bytes), of which "
-            f"{bytes_text(beside)} lie beside the plan (reserve {bytes_text(reserve_bytes)}, optimizer {bytes_text(options.optimizer_bytes)}); "
+            f"{bytes_text(beside)} lie beside the plan ({parts}); "
             "use a smaller batch, a larger budget, or split_ with a finer grid",
             options.budget,
             smallest,
