@@ -371,6 +371,15 @@ CHECK_NAMED(assignment_accumulation,
     assigns(graph, in_place);
   }
   {
+    Graph graph = shares(3).graph;  // a sum that is not run adds to nothing, whatever it could
+    // make0, make1, make2, sum1, sum2: the second sum could only be left to the first.
+    std::stable_partition(graph.operations.begin(), graph.operations.end(),
+                          [](const Operation& operation) { return !operation.is_sum; });
+    graph.operations[2].accumulates = {};
+    graph.operations[3].accumulates = {0};
+    assigns(graph, "w0>w1>s1>s2; sum1<make1");
+  }
+  {
     // Sums as a tree: those of the leaves need not run, the one above adds in place.
     Graph graph = shares(4).graph;
     // w0 1, w1 2, s1 3, w2 4, s2 5, w3 6, s3 7; s2 = w2 + w3, s3 = s1 + s2.
