@@ -339,6 +339,14 @@ CHECK_NAMED(assignment_accumulation,
     assigns(graph, in_place);
   }
   {
+    Graph graph = shares_of_two();  // the product is changed after the producer has run
+    Operation change = reader(0);
+    change.writes = {4};
+    graph.tensors.push_back({.name = "part", .storage = 2, .sizes = {3}, .strides_bytes = {1}});
+    insert(graph, 2, change);
+    assigns(graph, in_place);
+  }
+  {
     Graph graph = shares_of_two();  // one of both is returned
     graph.storages[2].is_output = true;
     assigns(graph, in_place);
