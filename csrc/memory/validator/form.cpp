@@ -38,8 +38,8 @@ class FormCheck {
   void check_origin() {
     const std::string expected = fingerprint(graph_);
     if (plan_.graph_fingerprint != expected) {
-      findings_.add(Reason::kOtherGraph, "the plan was made for a graph with fingerprint \"", plan_.graph_fingerprint,
-                    "\", this one has \"", expected, "\"");
+      findings_.add(Reason::kOtherGraph, "the plan was made for another graph: it has fingerprint \"",
+                    plan_.graph_fingerprint, "\", this graph has \"", expected, "\"");
       return;
     }
     try {
