@@ -87,7 +87,7 @@ PYBIND11_MODULE(_core, module) {
   using namespace splitkern::bindings;
   define_graph(module);
   define_plan(module);
-  // define_planning(module);
+  define_planning(module);
   define_placement(module);
   define_pool(module);
 }

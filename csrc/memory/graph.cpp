@@ -42,13 +42,16 @@ void require_names(const char* list, const std::vector<Named>& items) {
   }
 }
 
-void require_at_least(const std::string& place, int64_t value, int64_t least) {
-  if (value < least) refuse(place, "must be " + std::to_string(least) + " or more", std::to_string(value));
+// The places in the checks below are functions: their texts are only made for an error.
+template <class Place>
+void require_at_least(const Place& place, int64_t value, int64_t least) {
+  if (value < least) refuse(place(), "must be " + std::to_string(least) + " or more", std::to_string(value));
 }
 
-void require_index(const std::string& place, int64_t index, size_t size, const char* of) {
+template <class Place>
+void require_index(const Place& place, int64_t index, size_t size, const char* of) {
   if (index < 0 || index >= static_cast<int64_t>(size))
-    refuse(place, "must be the index of one of the " + std::to_string(size) + " " + of, std::to_string(index));
+    refuse(place(), "must be the index of one of the " + std::to_string(size) + " " + of, std::to_string(index));
 }
 
 void require_storages(const Graph& graph) {
@@ -56,13 +59,13 @@ void require_storages(const Graph& graph) {
   int64_t total = 0;
   for (size_t i = 0; i < graph.storages.size(); ++i) {
     const Storage& storage = graph.storages[i];
+    const auto size = [&] { return where("storages", i, storage) + ": size_bytes"; };
     if (storage.kind > StorageKind::kActivation)
       refuse(where("storages", i, storage) + ": kind", "must be one of StorageKind's",
              std::to_string(static_cast<int>(storage.kind)));
-    require_at_least(where("storages", i, storage) + ": size_bytes", storage.size_bytes, 0);
+    require_at_least(size, storage.size_bytes, 0);
     if (storage.size_bytes > kMaxGraphBytes - total)
-      refuse(where("storages", i, storage) + ": size_bytes",
-             "of all storages together must be at most " + std::to_string(kMaxGraphBytes),
+      refuse(size(), "of all storages together must be at most " + std::to_string(kMaxGraphBytes),
              std::to_string(total) + " before it and " + std::to_string(storage.size_bytes) + " for it");
     total += storage.size_bytes;
   }
@@ -72,35 +75,29 @@ void require_tensors(const Graph& graph) {
   require_names("tensors", graph.tensors);
   for (size_t i = 0; i < graph.tensors.size(); ++i) {
     const Tensor& tensor = graph.tensors[i];
-    const std::string place = where("tensors", i, tensor);
-    require_index(place + ": storage", tensor.storage, graph.storages.size(), "storages");
-    require_at_least(place + ": offset_bytes", tensor.offset_bytes, 0);
-    require_at_least(place + ": element_bytes", tensor.element_bytes, 1);
+    const auto place = [&](const char* field) {
+      return [&, field] { return where("tensors", i, tensor) + ": " + field; };
+    };
+    const auto item = [&](const char* list, size_t k) {
+      return [&, list, k] { return where("tensors", i, tensor) + ": " + element(list, k); };
+    };
+    require_index(place("storage"), tensor.storage, graph.storages.size(), "storages");
+    require_at_least(place("offset_bytes"), tensor.offset_bytes, 0);
+    require_at_least(place("element_bytes"), tensor.element_bytes, 1);
     if (tensor.strides_bytes.size() != tensor.sizes.size())
-      refuse(place + ": strides_bytes",
+      refuse(place("strides_bytes")(),
              "must have as many elements as sizes (" + std::to_string(tensor.sizes.size()) + ")",
              std::to_string(tensor.strides_bytes.size()));
     for (size_t k = 0; k < tensor.sizes.size(); ++k) {
-      require_at_least(place + ": " + element("sizes", k), tensor.sizes[k], 0);
-      require_at_least(place + ": " + element("strides_bytes", k), tensor.strides_bytes[k], 0);
+      require_at_least(item("sizes", k), tensor.sizes[k], 0);
+      require_at_least(item("strides_bytes", k), tensor.strides_bytes[k], 0);
     }
     const Storage& storage = graph.storages[tensor.storage];
     const std::optional<int64_t> end = end_bytes(tensor);
     if (!end || *end > storage.size_bytes)
-      refuse(place,
+      refuse(where("tensors", i, tensor),
              "must end within its storage \"" + storage.name + "\" of " + std::to_string(storage.size_bytes) + " bytes",
              end ? "an end of " + std::to_string(*end) : std::string("an end beyond 64 bits"));
-  }
-}
-
-// Positions in `list`, each at most once.
-void require_positions(const std::string& place, const char* name, const std::vector<int32_t>& positions,
-                       const std::vector<int32_t>& list) {
-  for (size_t k = 0; k < positions.size(); ++k) {
-    require_index(place + ": " + element(name, k), positions[k], list.size(), "writes");
-    if (std::find(positions.begin(), positions.begin() + static_cast<std::ptrdiff_t>(k), positions[k]) !=
-        positions.begin() + static_cast<std::ptrdiff_t>(k))
-      refuse(place + ": " + element(name, k), "must be unique", std::to_string(positions[k]) + " again");
   }
 }
 
@@ -108,63 +105,79 @@ bool contains(const std::vector<int32_t>& list, int32_t value) {
   return std::find(list.begin(), list.end(), value) != list.end();
 }
 
+void require_operation(const Graph& graph, size_t i) {
+  const Operation& operation = graph.operations[i];
+  const auto place = [&](const char* field) { return where("operations", i, operation) + ": " + field; };
+  const auto item = [&](const char* list, size_t k) {
+    return where("operations", i, operation) + ": " + element(list, k);
+  };
+  const auto name = [&](int32_t tensor) { return "\"" + graph.tensors[tensor].name + "\""; };
+
+  require_at_least([&] { return place("workspace_bytes"); }, operation.workspace_bytes, 0);
+  if (operation.workspace_bytes > kMaxGraphBytes)
+    refuse(place("workspace_bytes"), "must be at most " + std::to_string(kMaxGraphBytes),
+           std::to_string(operation.workspace_bytes));
+  require_at_least([&] { return place("patch"); }, operation.patch, -1);
+  const auto require_indices = [&](const char* list, const std::vector<int32_t>& indices, size_t size, const char* of) {
+    for (size_t k = 0; k < indices.size(); ++k) require_index([&] { return item(list, k); }, indices[k], size, of);
+  };
+  require_indices("reads", operation.reads, graph.tensors.size(), "tensors");
+  require_indices("writes", operation.writes, graph.tensors.size(), "tensors");
+  // Positions, each at most once.
+  const auto require_positions = [&](const char* list, const std::vector<int32_t>& positions) {
+    require_indices(list, positions, operation.writes.size(), "writes");
+    for (size_t k = 1; k < positions.size(); ++k) {
+      const auto here = positions.begin() + static_cast<std::ptrdiff_t>(k);
+      if (std::find(positions.begin(), here, *here) != here)
+        refuse(item(list, k), "must be unique", std::to_string(*here) + " again");
+    }
+  };
+  require_positions("accumulates", operation.accumulates);
+  require_positions("mutates", operation.mutates);
+  for (size_t k = 0; k < operation.inplace.size(); ++k) {
+    const InplacePair pair = operation.inplace[k];
+    require_index([&] { return item("inplace", k) + "[0]"; }, pair.read, operation.reads.size(), "reads");
+    require_index([&] { return item("inplace", k) + "[1]"; }, pair.write, operation.writes.size(), "writes");
+    const int32_t read = operation.reads[pair.read];
+    const int32_t write = operation.writes[pair.write];
+    if (!same_elements(graph.tensors[read], graph.tensors[write]))
+      refuse(item("inplace", k), "must pair boxes of equal offset, sizes, strides and element size",
+             name(read) + " and " + name(write));
+  }
+  for (size_t k = 0; k < operation.mutates.size(); ++k) {
+    const int32_t tensor = operation.writes[operation.mutates[k]];
+    if (!contains(operation.reads, tensor))
+      refuse(item("mutates", k), "must be a write of a tensor that is read too", name(tensor));
+  }
+  for (size_t k = 0; k < operation.writes.size(); ++k) {
+    const StorageKind kind = graph.storages[graph.tensors[operation.writes[k]].storage].kind;
+    const bool is_given = kind == StorageKind::kParameter || kind == StorageKind::kInput;
+    if (is_given && !contains(operation.mutates, static_cast<int32_t>(k)))
+      refuse(item("writes", k), "must be a mutation where it is of a parameter or an input",
+             name(operation.writes[k]) + ", which is none");
+  }
+  if (!operation.is_sum) return;
+  if (operation.reads.size() < 2 || operation.writes.empty())
+    refuse(place("is_sum"), "needs two reads and a write",
+           std::to_string(operation.reads.size()) + " and " + std::to_string(operation.writes.size()));
+  const auto extents = [&](int32_t tensor) -> const auto& { return graph.tensors[tensor].sizes; };
+  const int32_t result = operation.writes[0];
+  if (extents(operation.reads[0]) != extents(result) || extents(operation.reads[1]) != extents(result))
+    refuse(place("is_sum"), "needs equal sizes",
+           name(operation.reads[0]) + ", " + name(operation.reads[1]) + " and " + name(result) + " of unequal ones");
+}
+
 void require_operations(const Graph& graph) {
   require_names("operations", graph.operations);
   double total_us = 0;
   for (size_t i = 0; i < graph.operations.size(); ++i) {
-    const Operation& operation = graph.operations[i];
-    const std::string place = where("operations", i, operation);
-    if (!std::isfinite(operation.duration_us) || operation.duration_us < 0)
-      refuse(place + ": duration_us", "must be finite and 0 or more", std::to_string(operation.duration_us));
-    total_us += operation.duration_us;
-    if (!std::isfinite(total_us))
-      refuse(place + ": duration_us", "of all operations together must be finite", "infinity");
-    require_at_least(place + ": workspace_bytes", operation.workspace_bytes, 0);
-    if (operation.workspace_bytes > kMaxGraphBytes)
-      refuse(place + ": workspace_bytes", "must be at most " + std::to_string(kMaxGraphBytes),
-             std::to_string(operation.workspace_bytes));
-    require_at_least(place + ": patch", operation.patch, -1);
-    for (size_t k = 0; k < operation.reads.size(); ++k)
-      require_index(place + ": " + element("reads", k), operation.reads[k], graph.tensors.size(), "tensors");
-    for (size_t k = 0; k < operation.writes.size(); ++k)
-      require_index(place + ": " + element("writes", k), operation.writes[k], graph.tensors.size(), "tensors");
-    require_positions(place, "accumulates", operation.accumulates, operation.writes);
-    require_positions(place, "mutates", operation.mutates, operation.writes);
-    for (size_t k = 0; k < operation.inplace.size(); ++k) {
-      const InplacePair pair = operation.inplace[k];
-      const std::string at = place + ": " + element("inplace", k);
-      require_index(at + "[0]", pair.read, operation.reads.size(), "reads");
-      require_index(at + "[1]", pair.write, operation.writes.size(), "writes");
-      const Tensor& read = graph.tensors[operation.reads[pair.read]];
-      const Tensor& write = graph.tensors[operation.writes[pair.write]];
-      if (!same_elements(read, write))
-        refuse(at, "must pair boxes of equal offset, sizes, strides and element size",
-               "\"" + read.name + "\" and \"" + write.name + "\"");
-    }
-    for (size_t k = 0; k < operation.mutates.size(); ++k) {
-      const int32_t tensor = operation.writes[operation.mutates[k]];
-      if (!contains(operation.reads, tensor))
-        refuse(place + ": " + element("mutates", k), "must be a write of a tensor that is read too",
-               "\"" + graph.tensors[tensor].name + "\"");
-    }
-    for (size_t k = 0; k < operation.writes.size(); ++k) {
-      const Storage& storage = graph.storages[graph.tensors[operation.writes[k]].storage];
-      const bool is_given = storage.kind == StorageKind::kParameter || storage.kind == StorageKind::kInput;
-      if (is_given && !contains(operation.mutates, static_cast<int32_t>(k)))
-        refuse(place + ": " + element("writes", k), "must be a mutation where it is of a parameter or an input",
-               "\"" + graph.tensors[operation.writes[k]].name + "\", which is none");
-    }
-    if (operation.is_sum && (operation.reads.size() < 2 || operation.writes.empty()))
-      refuse(place + ": is_sum", "needs two reads and a write",
-             std::to_string(operation.reads.size()) + " and " + std::to_string(operation.writes.size()));
-    if (operation.is_sum) {
-      const auto extents = [&](int32_t tensor) { return graph.tensors[tensor].sizes; };
-      if (extents(operation.reads[0]) != extents(operation.writes[0]) ||
-          extents(operation.reads[1]) != extents(operation.writes[0]))
-        refuse(place + ": is_sum", "needs equal sizes",
-               "\"" + graph.tensors[operation.reads[0]].name + "\", \"" + graph.tensors[operation.reads[1]].name +
-                   "\" and \"" + graph.tensors[operation.writes[0]].name + "\" of unequal ones");
-    }
+    const double duration_us = graph.operations[i].duration_us;
+    const auto place = [&] { return where("operations", i, graph.operations[i]) + ": duration_us"; };
+    if (!std::isfinite(duration_us) || duration_us < 0)
+      refuse(place(), "must be finite and 0 or more", std::to_string(duration_us));
+    total_us += duration_us;
+    if (!std::isfinite(total_us)) refuse(place(), "of all operations together must be finite", "infinity");
+    require_operation(graph, i);
   }
 }
 
@@ -229,7 +242,6 @@ class Written {
 
 void require_order(const Graph& graph) {
   Written written(graph);
-  std::vector<int32_t> storages;
   for (size_t i = 0; i < graph.operations.size(); ++i) {
     const Operation& operation = graph.operations[i];
     const auto place = [&] { return where("operations", i, operation); };

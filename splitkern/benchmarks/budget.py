@@ -10,18 +10,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitkern.benchmarks.networks import NetworkOptions, capture_network
 from splitkern.memory.cost_model import CostModel, with_durations
+
+if TYPE_CHECKING:
+    from splitkern.memory.capture import CapturedStep
 
 SLOWDOWNS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
 CAPTURED_BATCHES = (2, 4, 7)
 NETWORKS = ("vgg19", "resnet50")
 GRIDS = ((1, 1), (2, 2), (4, 4))
 _LARGEST_BATCH = 1 << 16
+_ROUNDING = 1e-9  # of a slowdown
 
 
 class ScaleError(ValueError):
@@ -68,14 +72,9 @@ class ScalableStep:
         Raises:
             ScaleError: where the third is not what the other two predict; the text says where.
         """
-        from dataclasses import replace
-
         low, high, proof = batches
         steps = [capture_network(replace(options, batch=batch)) for batch in (low, high, proof)]
-        values = [
-            {**step.graph_dict(), "name": "", "costs": [[one.flop, one.bytes] for one in step.operations]}
-            for step in steps
-        ]
+        values = [_value(step) for step in steps]
         step = cls((low, high), (values[0], values[1]), [str(one.call.overload) for one in steps[0].operations])
         difference = _first_difference(step.at(proof), values[2], "step")
         if difference is not None:
@@ -100,6 +99,14 @@ class ScalableStep:
             for operation, (flop, size_bytes), call in zip(graph["operations"], costs, self.calls, strict=True)
         )
         return json.dumps({**with_durations(graph, durations_us, model.label), "name": name})
+
+
+def _value(step: CapturedStep) -> dict[str, Any]:
+    graph = step.graph_dict()
+    # Names of tensors hold their shapes.
+    tensors = [{**tensor, "name": f"tensor {index}"} for index, tensor in enumerate(graph["tensors"])]
+    costs = [[one.flop, one.bytes] for one in step.operations]
+    return {**graph, "name": "", "tensors": tensors, "costs": costs}
 
 
 def _between(low: Any, high: Any, low_batch: int, high_batch: int, batch: int, where: str) -> Any:
@@ -226,7 +233,7 @@ def largest_batches(
         misses = misses + 1 if slowdown(steps[-1]) > max(slowdowns) else 0
     answers = {}
     for limit in slowdowns:
-        within = [batch for batch in sorted(points) if slowdown(batch) <= limit]
+        within = [batch for batch in sorted(points) if slowdown(batch) <= limit + _ROUNDING]
         if not within:
             answers[limit] = 0
             continue
@@ -234,7 +241,7 @@ def largest_batches(
         high = min((batch for batch in points if batch > low), default=low + 1)
         while high - low > max(1, int(resolution * low)):
             middle = (low + high) // 2
-            low, high = (middle, high) if slowdown(middle) <= limit else (low, middle)
+            low, high = (middle, high) if slowdown(middle) <= limit + _ROUNDING else (low, middle)
         answers[limit] = low
     return answers, [Point(batch, points[batch]) for batch in sorted(points)]
 

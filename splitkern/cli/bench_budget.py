@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,13 +120,9 @@ def _fill(args: argparse.Namespace, record: Any) -> None:
                     one = plain_planner if cells == (1, 1) else planner(cells)
                     wanted = [strategy for at, strategy in missing if at == cells]
                     bar.set_description(f"{machine.name} {network} {cells[0]}x{cells[1]}")
+                    make = partial(_curve, one, plain, machine.name, network, cells)
                     with ThreadPoolExecutor(args.jobs) as pool:
-                        made = pool.map(
-                            lambda strategy, one=one, cells=cells: _curve(
-                                one, plain, machine.name, network, cells, strategy
-                            ),
-                            wanted,
-                        )
+                        made = pool.map(make, wanted)
                         for strategy, curve in zip(wanted, made, strict=True):
                             record.put(keys[cells, strategy], curve.as_row())
                             bar.update()

@@ -388,30 +388,32 @@ def _place(args: argparse.Namespace) -> int:
     text = _read(path)
     try:
         problem = _core.read_minimalloc_csv(text)
+        buffers = problem.buffers
+        with _stage(f"placing {len(buffers):,} buffers"):
+            placed = _core.place(buffers, alignment_bytes=args.alignment or 1, capacity_bytes=args.capacity)
     except ValueError as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
-    with _stage(f"placing {len(problem):,} buffers"):
-        placed = _core.place(problem, alignment_bytes=args.alignment or 1, capacity_bytes=args.capacity)
     fits = args.capacity is None or placed.peak_bytes <= args.capacity
     if args.out is not None:
-        csv = _core.write_minimalloc_csv(problem, placed.offsets)
+        solved = _core.MinimallocCsv(ids=problem.ids, buffers=buffers, offsets=placed.offsets)
+        csv = _core.write_minimalloc_csv(solved)
         _write("--out", args.out, lambda file: file.write_text(csv, encoding="utf-8"))
     _draw(
         args,
         lambda: scene_of_placement(
             path.stem,
-            [one.begin for one in problem],
-            [one.end for one in problem],
-            [one.size_bytes for one in problem],
+            [one.begin for one in buffers],
+            [one.end for one in buffers],
+            [one.size_bytes for one in buffers],
             placed.offsets,
-            [one.id for one in problem],
+            problem.ids,
             lower_bound_bytes=placed.lower_bound_bytes,
             capacity_bytes=args.capacity,
         ),
     )
     found = {
         "fits": fits,
-        "buffers": len(problem),
+        "buffers": len(buffers),
         "peak_bytes": placed.peak_bytes,
         "lower_bound_bytes": placed.lower_bound_bytes,
         "capacity_bytes": args.capacity,
@@ -420,7 +422,7 @@ def _place(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0 if fits else EXIT_DOES_NOT_FIT
     ratio = f"{placed.peak_bytes / placed.lower_bound_bytes:.4f} of it" if placed.lower_bound_bytes else "equal to it"
-    print(f"{path}: {len(problem):,} buffers")
+    print(f"{path}: {len(buffers):,} buffers")
     print(f"lower bound  {placed.lower_bound_bytes:,} bytes ({bytes_text(placed.lower_bound_bytes)})")
     print(f"peak         {placed.peak_bytes:,} bytes ({bytes_text(placed.peak_bytes)}), {ratio}")
     if args.capacity is not None:

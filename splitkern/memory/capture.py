@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -565,8 +571,13 @@ class _Capture:
         where = _where(label.module, module) if module is not None else repr(label.module)
         what = f"{operator} in {where}" if operator else where
         phase = "backward" if self.recorder.is_backward else "forward"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return CaptureError(f"cannot capture {what} ({phase}): {reason[0]}")
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+            reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
+        elif isinstance(error, UnsupportedOperatorException):
+            reason = "the operator has no shape rule (register_fake)"
+        else:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return CaptureError(f"cannot capture {what} ({phase}): {reason}")
 
 
 class _Assembly:
@@ -591,8 +602,11 @@ class _Assembly:
             if self.storages[index].kind == "":
                 self.storages[index].kind = "activation"
         operations = [
-            part for operation in recorder.operations for part in rewrite.split_convolution_backward(operation)
+            rewrite.read_only_needed(part)
+            for operation in recorder.operations
+            for part in rewrite.split_convolution_backward(operation)
         ]
+        operations = rewrite.replace_max_pools(operations, self.storages)
         self.recorded = rewrite.write_joins(operations, self.storages)
         self.boxes: dict[Box, int] = {}
         self.kept: dict[int, int] = {}

@@ -258,6 +258,11 @@ class Recorder(TorchDispatchMode):
         fresh = [isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known for leaf in returned]
         if not mutated and not any(fresh):
             return  # a view, or no tensor at all
+        if self.is_backward and torch.Tag.nondeterministic_seeded in func.tags:
+            raise CaptureError(
+                "the backward pass draws random numbers (recomputation by torch.utils.checkpoint does, to restore the "
+                "state that it drew from in the forward pass); capture the model without it"
+            )
         _Call(self, func, args, kwargs, mutated, returned, fresh).record()
 
     def _mutated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

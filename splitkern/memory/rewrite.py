@@ -255,6 +255,134 @@ def split_convolution_backward(operation: RecordedOperation) -> list[RecordedOpe
     return parts
 
 
+#: Positions of arguments of which an operator reads only the shape.
+_SHAPE_ONLY: Mapping[Any, tuple[int, ...]] = {
+    aten.max_pool2d_with_indices_backward.default: (1,),
+    aten.avg_pool2d_backward.default: (1,),
+    aten._adaptive_avg_pool2d_backward.default: (1,),
+    aten.adaptive_max_pool2d_backward.default: (1,),
+    aten.reflection_pad2d_backward.default: (1,),
+    aten.replication_pad2d_backward.default: (1,),
+    aten.nll_loss_backward.default: (1,),
+    aten.nll_loss2d_backward.default: (1,),
+}
+
+#: Gradients of batch norms: positions of the running statistics, which they do not read where they normalised by the
+#: batch's own, and of the argument that tells (None: always its own).
+_BATCH_NORM_BACKWARDS: Mapping[Any, tuple[tuple[int, int], int | None]] = {
+    aten.native_batch_norm_backward.default: ((3, 4), 7),
+    aten.cudnn_batch_norm_backward.default: ((3, 4), None),
+    aten.miopen_batch_norm_backward.default: ((3, 4), None),
+}
+
+
+def read_only_needed(operation: RecordedOperation) -> RecordedOperation:
+    """Without the reads whose values the operator does not look at: they would keep storages alive for nothing."""
+    args = list(operation.args)
+    blank: set[int] = set()
+    for place in _SHAPE_ONLY.get(operation.overload, ()):
+        box = operation.reads[args[place].position]
+        args[place] = Blank(box.sizes, tuple(s // box.dtype.itemsize for s in box.strides_bytes), box.dtype)
+        blank.add(place)
+    if operation.overload in _BATCH_NORM_BACKWARDS:
+        places, flag = _BATCH_NORM_BACKWARDS[operation.overload]
+        if flag is None or args[flag]:
+            for place in places:
+                args[place] = None
+                blank.add(place)
+    if not blank:
+        return operation
+    reads: list[Box] = []
+
+    def moved(read: Read) -> Read:
+        box = operation.reads[read.position]
+        if box not in reads:
+            reads.append(box)
+        return Read(reads.index(box))
+
+    args, kwargs = tree_map_only(Read, moved, (args, operation.kwargs))
+    return replace(operation, args=tuple(args), kwargs=kwargs, reads=reads)
+
+
+_LARGEST_POOL_WINDOW = 255
+
+
+def replace_max_pools(operations: list[RecordedOperation], storages: list[RecordedStorage]) -> list[RecordedOperation]:
+    """ATen's max poolings as the package's, which keep one byte per output where ATen's keep eight.
+
+    Values and gradients are the same bit for bit: the first maximum of a window wins in both, and gradients add up in
+    the order of the outputs. Only where nothing but gradients reads the positions.
+    """
+    forwards = {
+        operation.writes[1].storage: index
+        for index, operation in enumerate(operations)
+        if operation.overload is aten.max_pool2d_with_indices.default and _is_max_pool2d(operation)
+    }
+    backwards: dict[int, list[int]] = {storage: [] for storage in forwards}
+    for index, operation in enumerate(operations):
+        for box in operation.reads:
+            if box.storage not in forwards:
+                continue
+            forward = operations[forwards[box.storage]]
+            if operation.overload is aten.max_pool2d_with_indices_backward.default and box == forward.writes[1]:
+                backwards[box.storage].append(index)
+            else:
+                forwards.pop(box.storage)
+    for storage, index in forwards.items():
+        forward = operations[index]
+        positions = forward.writes[1]
+        strides = tuple(stride // positions.dtype.itemsize for stride in positions.strides_bytes)
+        offsets = positions._replace(strides_bytes=strides, dtype=torch.uint8)
+        storages[storage].size_bytes //= positions.dtype.itemsize
+        source = forward.reads[0].sizes
+        window = (*_pool_window(forward), *_bounds(source, forward.writes[0].sizes))
+        operations[index] = replace(
+            forward,
+            overload=splitkern_ops.patch_max_pool2d.default,
+            args=(Read(0), *window),
+            kwargs={},
+            writes=[forward.writes[0], offsets],
+        )
+        for place in backwards[storage]:
+            backward = operations[place]
+            grad = backward.reads[backward.args[0].position]
+            operations[place] = replace(
+                backward,
+                overload=splitkern_ops.patch_max_pool2d_backward.default,
+                args=(Read(0), Read(1), list(source), *window),
+                kwargs={},
+                reads=[grad, offsets],
+            )
+    return operations
+
+
+def _is_max_pool2d(operation: RecordedOperation) -> bool:
+    kernel = _pool_window(operation)[0]
+    return (
+        len(operation.reads[0].sizes) == 4
+        and kernel[0] * kernel[1] <= _LARGEST_POOL_WINDOW
+        and operation.writes[0].dtype.is_floating_point
+        and operation.writes[1].offset_bytes == 0
+    )
+
+
+def _pool_window(operation: RecordedOperation) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Kernel, stride, padding and dilation of a max pooling, with PyTorch's defaults filled in."""
+    _, kernel, stride, padding, dilation = (*operation.args, *(None,) * 5)[:5]
+    kernel = list(kernel)
+    return (
+        _pair(kernel),
+        _pair(list(stride) if stride else kernel),
+        _pair(0 if padding is None else padding),
+        _pair(1 if dilation is None else dilation),
+    )
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values
+
+
 def write_joins(operations: list[RecordedOperation], storages: Sequence[RecordedStorage]) -> list[RecordedOperation]:
     """Drop copies into boxes of a joined storage where the producer can write the box itself.
 

@@ -1,6 +1,4 @@
-"""The memory library, by its own C++ checks (``native``): built alone, without torch and Python, plainly and under
-sanitizers.
-"""
+"""The memory library, by its own C++ checks (``native``): built alone, without torch and Python, under sanitizers."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ import pytest
 from tests.host_execution.conftest import ROOT, find_tool, run
 
 CHECKS = ROOT / "tests" / "memory" / "native"
-SANITIZERS = {"release": "", "address": "address,undefined", "thread": "thread"}
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 # What has threads of its own runs under ThreadSanitizer too; the rest would only be slow there.
 THREADED = ("pool", "pipeline")
 

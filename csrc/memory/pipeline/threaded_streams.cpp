@@ -31,29 +31,32 @@ ThreadedStreamOptions checked(ThreadedStreamOptions options) {
 
 ThreadedStreams::ThreadedStreams(ThreadedStreamOptions options) : options_(checked(std::move(options))) {
   try {
-    for (int stream = 0; stream < kStreams; ++stream)
-      threads_[stream] = std::thread([this, stream] { work(static_cast<StreamId>(stream)); });
+    if (options_.priority) {
+      threads_[0] = std::thread([this] { work(0, {options_.priority->begin(), options_.priority->end()}); });
+      return;
+    }
+    for (size_t thread = 0; thread < kStreams; ++thread)
+      threads_[thread] = std::thread([this, thread] { work(thread, {static_cast<StreamId>(thread)}); });
   } catch (...) {  // no thread to be had: end those that began
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    wake_all();
-    for (std::thread& thread : threads_) {
-      if (thread.joinable()) thread.join();
-    }
+    stop();
     throw;
   }
 }
 
 ThreadedStreams::~ThreadedStreams() {
+  stop();
+}
+
+void ThreadedStreams::stop() noexcept {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
     ++hosts_waiting_;  // nothing more will come
   }
   wake_all();
-  for (std::thread& thread : threads_) thread.join();
+  for (std::thread& thread : threads_) {
+    if (thread.joinable()) thread.join();
+  }
 }
 
 void ThreadedStreams::enqueue(StreamId stream, Action action) {
@@ -66,10 +69,7 @@ void ThreadedStreams::enqueue(StreamId stream, Action action) {
 
 // After something was enqueued.
 void ThreadedStreams::wake(StreamId stream) {
-  if (options_.priority)
-    wake_all();  // a wait that holds up this stream lets others move
-  else
-    work_[static_cast<size_t>(stream)].notify_one();
+  work_[options_.priority ? 0 : static_cast<size_t>(stream)].notify_one();
 }
 
 void ThreadedStreams::wake_all() {
@@ -173,7 +173,7 @@ void ThreadedStreams::synchronize(EventId event) {
   const Event& found = event_at(event);
   const int64_t generation = found.recorded;
   ++hosts_waiting_;
-  if (options_.priority) wake_all();
+  wake_all();  // with a priority, less urgent streams may now move
   progress_.wait(lock, [&] { return found.completed >= generation; });
   --hosts_waiting_;
   if (!found.failure.empty()) throw StreamFailed(found.failure);
@@ -188,7 +188,7 @@ void ThreadedStreams::require_ok(StreamId stream) {
 void ThreadedStreams::drain() noexcept {
   std::unique_lock lock(mutex_);
   ++hosts_waiting_;
-  if (options_.priority) wake_all();
+  wake_all();  // with a priority, less urgent streams may now move
   progress_.wait(lock, [&] { return std::ranges::all_of(queues_, [](const auto& queue) { return queue.empty(); }); });
   --hosts_waiting_;
 }
@@ -214,7 +214,6 @@ bool ThreadedStreams::held_up(StreamId stream) {
 bool ThreadedStreams::may_run(StreamId stream) {
   if (queue_of(stream).empty() || held_up(stream)) return false;
   if (!options_.priority) return true;
-  if (running_ > 0) return false;
   for (const StreamId urgent : *options_.priority) {
     if (urgent == stream) break;
     if (queue_of(urgent).empty() ? hosts_waiting_ == 0 : !held_up(urgent)) return false;
@@ -228,25 +227,30 @@ void ThreadedStreams::rest(std::mt19937_64& random) const {
   std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
 }
 
-void ThreadedStreams::work(StreamId stream) {
-  std::mt19937_64 random(options_.seed * kStreams + static_cast<uint64_t>(stream));
+// Serves the streams, of those that can move the first.
+void ThreadedStreams::work(size_t thread, const std::vector<StreamId>& streams) {
+  std::mt19937_64 random(options_.seed * kStreams + thread);
+  const auto next = [&] { return std::ranges::find_if(streams, [this](StreamId stream) { return may_run(stream); }); };
+  const auto is_idle = [this](StreamId stream) { return queue_of(stream).empty(); };
   std::unique_lock lock(mutex_);
   for (;;) {
-    std::deque<Action>& queue = queue_of(stream);
-    work_[static_cast<size_t>(stream)].wait(lock, [&] { return may_run(stream) || (stopping_ && queue.empty()); });
-    if (queue.empty()) return;
+    work_[thread].wait(lock,
+                       [&] { return next() != streams.end() || (stopping_ && std::ranges::all_of(streams, is_idle)); });
+    const auto found = next();
+    if (found == streams.end()) return;
+    const StreamId stream = *found;
     if (options_.max_delay_us > 0) {
       lock.unlock();
       rest(random);
       lock.lock();
       if (!may_run(stream)) continue;
     }
+    std::deque<Action>& queue = queue_of(stream);
     Action action = std::move(queue.front());
     queue.front() = Action{};  // keeps the place until the action is done
     std::string failure;
     if (action.kind == Action::Kind::kBytes && !failed_) {
       const bool fails = action.is_copy && copies_until_failure_ > 0 && --copies_until_failure_ == 0;
-      ++running_;
       lock.unlock();
       try {
         action.body(random, fails);
@@ -258,7 +262,6 @@ void ThreadedStreams::work(StreamId stream) {
       }
       action.body = nullptr;
       lock.lock();
-      --running_;
     }
     std::string& first = failures_[static_cast<size_t>(stream)];
     if (!failure.empty()) {
@@ -274,8 +277,7 @@ void ThreadedStreams::work(StreamId stream) {
       }
     }
     queue.pop_front();
-    // With a priority, whether a stream may move depends on all of them.
-    if (options_.priority || action.kind == Action::Kind::kRecord) wake_all();
+    if (action.kind == Action::Kind::kRecord) wake_all();
     if (queue.empty() || action.kind == Action::Kind::kRecord) progress_.notify_all();
   }
 }

@@ -1,6 +1,6 @@
 // The three streams on host memory: one thread and one queue each. For machines without a GPU and for tests: random
-// delays before every action let the streams run against each other for real, and a fixed priority makes the extreme
-// schedules without any reliance on time.
+// delays before every action let the streams run against each other for real, and a fixed priority, on a single thread,
+// makes the extreme schedules without any reliance on time.
 #pragma once
 
 #include <array>
@@ -68,11 +68,12 @@ class ThreadedStreams final : public StreamBackend {
     std::function<void(std::mt19937_64&, bool)> body;  // kBytes; the flag: it is the copy that fails
   };
 
-  void work(StreamId stream);
+  void work(size_t thread, const std::vector<StreamId>& streams);
   void rest(std::mt19937_64& random) const;
   void enqueue(StreamId stream, Action action);
   void wake(StreamId stream);
   void wake_all();
+  void stop() noexcept;
   Event& event_at(EventId event);
   std::deque<Action>& queue_of(StreamId stream) { return queues_[static_cast<size_t>(stream)]; }
   bool held_up(StreamId stream);  // its next action is a wait for an event that has not come
@@ -80,7 +81,7 @@ class ThreadedStreams final : public StreamBackend {
 
   const ThreadedStreamOptions options_;
   mutable std::mutex mutex_;                            // for everything below
-  std::array<std::condition_variable, kStreams> work_;  // each stream's thread: it may be able to move
+  std::array<std::condition_variable, kStreams> work_;  // by thread: a stream of it may be able to move
   std::condition_variable progress_;                    // host threads: an event passed or a queue became empty
   std::array<std::deque<Action>, kStreams> queues_;     // an action leaves its queue when it is done
   std::deque<Event> events_;
@@ -91,7 +92,7 @@ class ThreadedStreams final : public StreamBackend {
   int running_ = 0;        // streams in the body of an action
   int hosts_waiting_ = 0;  // threads in synchronize() or drain()
   bool stopping_ = false;
-  std::array<std::thread, kStreams> threads_;
+  std::array<std::thread, kStreams> threads_;  // one per stream; with a priority the first serves all
 };
 
 }  // namespace splitkern::memory

@@ -3,6 +3,7 @@
 
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -66,10 +67,16 @@ struct HostStreams::State {
     if (entry.kind == Entry::Kind::kWork) {
       queue.is_running = true;
       lock.unlock();
-      entry.work();
+      std::exception_ptr error;
+      try {
+        entry.work();
+      } catch (...) {
+        error = std::current_exception();
+      }
       entry.work = nullptr;
       lock.lock();
       queue.is_running = false;
+      if (error != nullptr && mode == Mode::kStepped) std::rethrow_exception(error);
     }
     changed.notify_all();
   }
@@ -157,12 +164,7 @@ HostStreams::HostStreams(Mode mode) : state_(std::make_shared<State>()) {
 HostStreams::~HostStreams() {
   {
     std::unique_lock lock(state_->mutex);
-    if (state_->mode == Mode::kStepped) {
-      while (state_->step_any(lock)) {
-      }
-    } else {
-      state_->changed.wait(lock, [&] { return state_->is_stuck(); });
-    }
+    if (state_->mode == Mode::kThreaded) state_->changed.wait(lock, [&] { return state_->is_stuck(); });
     state_->ends = true;
     state_->changed.notify_all();
   }

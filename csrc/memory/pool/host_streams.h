@@ -17,11 +17,11 @@ class HostStreams : public StreamEvents {
 
   // Stream 0 is there from the start.
   explicit HostStreams(Mode mode);
-  // Runs what can still run; drops what waits for an event that cannot come. Does not throw.
+  // Threaded: waits for what can still run. Drops the rest: what waits for an event that cannot come, or for a step.
   ~HostStreams() override;
 
   int64_t create();
-  // Work must not throw.
+  // What work throws, the stepping caller gets; a thread of its own has nobody to tell and goes on.
   void put(int64_t stream, std::function<void()> work);
   // Stepped: runs the next entry (work, event or wait). False: there is none, or it must wait.
   bool step(int64_t stream);

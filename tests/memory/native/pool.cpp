@@ -222,8 +222,8 @@ CHECK_NAMED(pool_stream_order,
 }
 
 CHECK_NAMED(pool_stream_wait, "pool: at the limit another stream is made to wait for the free, and really does") {
-  StreamFixture f({.limit_bytes = 1 * kKiB, .block_bytes = 1 * kKiB});
   std::vector<std::string> ran;
+  StreamFixture f({.limit_bytes = 1 * kKiB, .block_bytes = 1 * kKiB});
   void* const one = f.pool->allocate(kKiB, 0);
   f.streams->put(0, [&] { ran.push_back("before the free"); });
   f.pool->free(one, 0);
@@ -354,6 +354,31 @@ CHECK_NAMED(pool_removed_stream, "pool: what a removed stream freed stays in ord
   f.pool->remove_stream(0);
   check::refuses([&] { f.pool->allocate(1, 0); }, {"(1)", "got 0"});
   f.pool->trim(true);
+  f.pool->verify();
+}
+
+CHECK_NAMED(pool_removed_only_stream, "pool: what the only stream freed without an event stays in order when it goes") {
+  const auto streams = std::make_shared<HostStreams>(HostStreams::Mode::kStepped);
+  Fixture f({.limit_bytes = kKiB, .block_bytes = kKiB, .events = streams});
+  bool passed = false;
+  void* const one = f.pool->allocate(kKiB);
+  streams->put(0, [&] { passed = true; });
+  f.pool->free(one);
+  f.pool->remove_stream(0);
+  const int64_t other = streams->create();
+  f.pool->add_stream(other);
+  same(f.pool->allocate(kKiB, other), one, "all there is");
+  streams->put(other, [&] { check::require(passed, "what was freed without an event is reused too early"); });
+  check::require(!streams->step(other), "no wait for the stream that went");
+  streams->finish(other);
+}
+
+CHECK_NAMED(pool_untouched, "pool: memory beside what a stream freed is still everybody's") {
+  StreamFixture f({.limit_bytes = 4 * kKiB, .block_bytes = 4 * kKiB});
+  void* const one = f.pool->allocate(kKiB, 0);
+  f.pool->free(one, 0);
+  same(f.pool->allocate(3 * kKiB, f.other), static_cast<char*>(one) + kKiB, "what nobody had");
+  check::equal(f.pool->statistics().stream_waits, 0, "waits");
   f.pool->verify();
 }
 
