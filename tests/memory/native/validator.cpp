@@ -509,6 +509,13 @@ CHECK_NAMED(validator_redundant, "validator: accepts what only looks wrong, as t
   random_plans::predict(plan);
   validate(graph, plan);
   check::require(interpreter::judge(graph, plan, 1).is_valid, "the judge refuses it");
+  // Fetched twice: the second copy is behind the first in its stream, and so behind the offload too.
+  plan = early_plan(graph);
+  plan.copies.push_back({CopyKind::kPrefetch, kPA, kRAHost, kRA2, 2, 5, {}});
+  plan.boundaries[2].issues = {1, 2};
+  plan.boundaries[5].waits = {1, 2};
+  validate(graph, plan);
+  check::require(interpreter::judge(graph, plan, 1).is_valid, "the judge refuses the second prefetch");
   // An `after` that a wait makes superfluous.
   plan = full_plan(graph);
   plan.copies[1].after = {0};
