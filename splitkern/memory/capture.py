@@ -130,12 +130,13 @@ class CapturedStep:
     Attributes:
         name: of the graph.
         storages, tensors, operations: indices are positions in these tuples; operations are in execution order.
-        loss: tensor of the loss.
+        loss: tensor of the loss; -1 where the step begins its backward pass from gradients that it is given.
         outputs: tensors of what the model returned, where they were asked for.
         gradients: tensor of the gradient of every parameter that gets one, by qualified name; of an input that requires
             a gradient under the input's name ("input.0").
         parameters: tensor of every parameter and buffer, by qualified name; a tied one under each of its names.
-        inputs: tensor of every example input and target, by name ("input.0", "target.0").
+        inputs: tensor of every example input and target, and of every gradient that the step is given, by name
+            ("input.0", "target.0", "grad_output.0").
         constants: value of every tensor that the model holds as neither parameter nor buffer, by tensor.
         device: where the step was captured for.
     """
@@ -271,6 +272,7 @@ def capture(
     loss: Callable[..., Tensor] | None = None,
     targets: Tensor | Sequence[Any] = (),
     outputs: bool = False,
+    given_gradients: bool = False,
     name: str = "",
 ) -> CapturedStep:
     """Capture one training step of a model, split or not: forward, loss, and the gradients of its parameters.
@@ -286,6 +288,8 @@ def capture(
             loss itself.
         targets: further arguments of the loss.
         outputs: whether the step also returns what the model returns.
+        given_gradients: the loss is somebody else's: the step returns what the model returns, and its backward pass
+            begins from the gradients of that, which are further inputs. Not with ``loss`` and ``targets``.
         name: of the graph; the model's class unless given.
 
     Returns:
@@ -308,13 +312,16 @@ def capture(
     extra = _arguments("targets", targets)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output and the targets, got {type(loss).__name__}")
+    if given_gradients and (loss is not None or extra):
+        raise ValueError("given_gradients must not come with loss or targets: the loss is not part of such a step")
     modules = _modules(model, loss)
     _require_capturable(modules)
     with ExitStack() as stack:
         stack.enter_context(_without_recomputation(model))
         stack.enter_context(_unchanged(modules))
         stack.enter_context(_fresh_autocast_cache())
-        return _Capture(model, modules, loss, arguments, extra, outputs).run(name or type(model).__name__)
+        capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients)
+        return capturing.run(name or type(model).__name__)
 
 
 def _arguments(argument: str, value: Any) -> tuple[Any, ...]:
@@ -437,9 +444,11 @@ class _Capture:
         arguments: tuple[Any, ...],
         targets: tuple[Any, ...],
         outputs: bool,
+        given_gradients: bool,
     ) -> None:
         self.model, self.modules, self.loss = model, modules, loss
-        self.arguments, self.targets, self.wants_outputs = arguments, targets, outputs
+        self.arguments, self.targets = arguments, targets
+        self.wants_outputs, self.given_gradients = outputs or given_gradients, given_gradients
         self.fake_mode = FakeTensorMode(static_shapes=True)
         self.recorder = Recorder(self.fake_mode)
         names: dict[int, str] = {}
@@ -458,15 +467,21 @@ class _Capture:
         unique: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in wanted.items():
             unique.setdefault(id(tensor), (path, tensor))
+        leaves = [tensor for _, tensor in unique.values()]
         try:
             with self.fake_mode, self.recorder, torch.enable_grad():
                 with self.labels.forward():
                     result = self.model(*arguments)
-                    loss = result if self.loss is None else self._loss(result, targets)
-                self._require_loss(loss)
-                leaves = [tensor for _, tensor in unique.values()]
-                with self.labels.backward(loss.grad_fn):
-                    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                    roots = [result] if self.loss is None else [self._loss(result, targets)]
+            if self.given_gradients:
+                roots = self._differentiable(result)
+                given: tuple[Any, ...] | None = self._fake_gradients(roots)
+            else:
+                self._require_loss(roots[0])
+                given = None
+            with self.fake_mode, self.recorder, torch.enable_grad():
+                with self.labels.backward([root.grad_fn for root in roots]):
+                    found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
                 self.recorder.label = Label()
                 gradients = self._gradients(dict(zip(unique.values(), found, strict=True)))
         except CaptureError as error:
@@ -477,7 +492,7 @@ class _Capture:
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] if self.wants_outputs else []
         return _Assembly(
             self.recorder,
-            loss=boxes(loss),
+            loss=None if self.given_gradients else boxes(roots[0]),
             outputs=[boxes(tensor) for tensor in returned],
             gradients={
                 path: gradients[unique[id(tensor)][0]]
@@ -535,6 +550,21 @@ class _Capture:
             self.labels.enter("loss")
         return self.loss(result, *targets)
 
+    def _differentiable(self, result: Any) -> list[Tensor]:
+        """What the model returns and a gradient can be given for."""
+        roots = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        if not roots:
+            raise CaptureError("nothing that the model returns depends on anything that requires a gradient")
+        return roots
+
+    def _fake_gradients(self, roots: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        for number, root in enumerate(roots):
+            with self.fake_mode:
+                gradient = torch.empty_strided(root.shape, root.stride(), dtype=root.dtype, device=root.device)
+            self.recorder.declare(gradient, "input", f"grad_output.{number}")
+            self.inputs[f"grad_output.{number}"] = gradient
+        return tuple(self.inputs[f"grad_output.{number}"] for number in range(len(roots)))
+
     def _require_loss(self, loss: Any) -> None:
         if not isinstance(loss, Tensor):
             came = type(loss).__name__
@@ -587,7 +617,7 @@ class _Assembly:
         self,
         recorder: Recorder,
         *,
-        loss: Box,
+        loss: Box | None,
         outputs: Sequence[Box],
         gradients: Mapping[str, Box],
         parameters: Mapping[str, Box],
@@ -596,7 +626,7 @@ class _Assembly:
         self.storages: list[RecordedStorage] = recorder.storages
         self.loss, self.outputs = loss, outputs
         self.gradients, self.parameters, self.inputs = gradients, parameters, inputs
-        returned = {box.storage for box in (loss, *outputs)}
+        returned = {box.storage for box in (loss, *outputs) if box is not None}
         self.returned = returned
         for index in returned:
             if self.storages[index].kind == "":
@@ -624,7 +654,7 @@ class _Assembly:
             if storage.constant is not None and index in self.kept
         }
         places: dict[str, Any] = {
-            "loss": self._tensor(self.loss, ""),
+            "loss": -1 if self.loss is None else self._tensor(self.loss, ""),
             "outputs": tuple(self._tensor(box, "") for box in self.outputs),
             "gradients": {path: self._tensor(box, "") for path, box in self.gradients.items()},
             "parameters": {path: self._tensor(box, "") for path, box in self.parameters.items()},

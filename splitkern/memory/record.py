@@ -438,11 +438,11 @@ class Labels:
                 handle.remove()
 
     @contextmanager
-    def backward(self, root: Any) -> Iterator[None]:
-        """Label what the gradient functions reachable from ``root`` dispatch inside the block."""
+    def backward(self, roots: Iterable[Any]) -> Iterator[None]:
+        """Label what the gradient functions reachable from ``roots`` dispatch inside the block."""
         handles = []
-        seen = {root}
-        pending = [root]
+        pending = list(dict.fromkeys(roots))
+        seen = set(pending)
         while pending:
             node = pending.pop()
             handles.append(node.register_prehook(self._labeller(node._sequence_nr())))

@@ -52,6 +52,63 @@ bool is_caught(const Graph& graph, const Plan& plan) {
 
 }  // namespace
 
+CHECK_NAMED(pipeline_hash_operation, "pipeline: what the hash operation tells apart") {
+  // x, noise: whole storages of 16 bytes; a sum of them, a random operation, one that could work in place.
+  Graph graph;
+  for (const char* name : {"x", "y", "sum", "noise", "relu"}) {
+    graph.storages.push_back({.name = name, .size_bytes = 16, .kind = StorageKind::kActivation});
+    graph.tensors.push_back(
+        {.name = name, .storage = static_cast<int32_t>(graph.tensors.size()), .sizes = {16}, .strides_bytes = {1}});
+  }
+  const auto add = [&](std::vector<int32_t> reads, int32_t write) -> Operation& {
+    Operation operation;
+    operation.reads = std::move(reads);
+    operation.writes = {write};
+    graph.operations.push_back(operation);
+    return graph.operations.back();
+  };
+  add({0, 1}, 2).is_sum = true;
+  add({0}, 3).is_random = true;
+  add({0}, 4).inplace = {{.read = 0, .write = 0}};
+  add({0}, 4);
+
+  using Slot = std::vector<unsigned char>;
+  // The bytes that a lone call writes; `reads` may lie in `slot`.
+  const auto run = [&](const OperationFunction& operation, int32_t index, std::vector<const unsigned char*> reads,
+                       Slot& slot, int32_t accumulated = -1) {
+    OperationCall call;
+    call.operation = index;
+    call.reads = std::move(reads);
+    call.writes = {slot.data()};
+    call.accumulated = accumulated;
+    operation(graph, call);
+    return slot;
+  };
+  const Slot x(16, 3);
+  const Slot y(16, 255);
+  Slot slot(16, 9);
+  check::require(run(hash_operations(), 0, {x.data(), y.data()}, slot) == Slot(16, 2), "3 + 255 modulo 256");
+
+  const OperationFunction random = hash_operations();
+  const Slot first = run(random, 1, {x.data()}, slot);
+  check::require(run(random, 1, {x.data()}, slot) != first, "a random operation ran twice unnoticed");
+  check::require(run(hash_operations(), 1, {x.data()}, slot) == first, "another execution gives other numbers");
+
+  const Slot relu = run(hash_operations(), 2, {x.data()}, slot);
+  const Slot other = run(hash_operations(), 3, {x.data()}, slot);
+  check::require(relu != other, "two operations give the same");
+  check::require(run(hash_operations(), 2, {y.data()}, slot) != relu, "the bytes read do not matter");
+  slot = x;
+  check::require(run(hash_operations(), 2, {slot.data()}, slot) == relu, "in place as allowed");
+  slot = x;
+  check::require(run(hash_operations(), 3, {slot.data()}, slot) != other, "in place against the rules, unnoticed");
+
+  slot = Slot(16, 200);
+  const Slot accumulated = run(hash_operations(), 3, {x.data()}, slot, 0);
+  for (size_t byte = 0; byte < 16; ++byte)
+    check::equal(accumulated[byte], static_cast<unsigned char>(other[byte] + 200), "accumulated byte");
+}
+
 CHECK_NAMED(pipeline_random_plans, "pipeline: random plans with random delays give the plain results") {
   int64_t copies = 0;
   int64_t recomputations = 0;
