@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,13 +64,11 @@ class CompiledPlan:
     """The plan that a compiled model runs, as `model.plan`.
 
     Attributes:
-        step: as captured.
         graph: of the step.
         plan: of the graph.
         reserve_bytes: most that an operation without an ``.out`` form allocates beside the arena, by the plan.
     """
 
-    step: CapturedStep = field(repr=False)
     graph: _core.Graph
     plan: _core.Plan
     reserve_bytes: int
@@ -211,7 +209,8 @@ class _PlannedStep:
         reserve_bytes = reserve_of(step)
         plan = _plan(graph, limits, options, reserve_bytes)
         self.executor = StepExecutor(step, graph, plan, options.execution)
-        self.plan = CompiledPlan(step, graph, plan, reserve_bytes)
+        self.plan = CompiledPlan(graph, plan, reserve_bytes)
+        self._structure = step.structure
         self.parameter_names = [name for name, p in model.named_parameters() if p.requires_grad]
         leaves, _ = tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -229,8 +228,8 @@ class _PlannedStep:
         parameters = dict(model.named_parameters())
         trained = [parameters[name] for name in self.parameter_names]
         outputs = _RunStep.apply(self, model, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
-        assert self.plan.step.structure is not None
-        return tree_unflatten(list(outputs), self.plan.step.structure)
+        assert self._structure is not None
+        return tree_unflatten(list(outputs), self._structure)
 
     def begin(self) -> _Pending:
         pending = _Pending()

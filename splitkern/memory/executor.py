@@ -96,7 +96,8 @@ class _Instance:
             return
         values = returned if isinstance(returned, (tuple, list)) else (returned,)
         for value, place in zip(values, self.results, strict=False):
-            if place is not None:
+            # A gradient that nobody asked for is None, though its shape rule says otherwise.
+            if place is not None and value is not None:
                 writes[place].copy_(value)  # type: ignore[union-attr]
 
 

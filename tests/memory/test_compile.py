@@ -281,9 +281,13 @@ def test_a_budget_that_is_too_small_names_one_that_is_not() -> None:
     compile(model, IMAGES, budget=caught.value.smallest_bytes, costs="paper", link_gbps=1)
     with pytest.raises(BudgetError):
         compile(small(), IMAGES, budget=caught.value.smallest_bytes - 1, costs="paper", link_gbps=1)
-    with pytest.raises(BudgetError, match="host_budget"):
-        options = {"budget": "1GiB", "host_budget": 0, "strategy": "layerwise"}
-        compile(small(), IMAGES, **options, costs="paper", link_gbps=1)
+
+
+def test_a_host_budget_is_kept() -> None:
+    options: dict[str, Any] = {"budget": "1GiB", "strategy": "layerwise", "costs": "paper", "link_gbps": 1}
+    model = compile(small(), IMAGES, host_budget="30KiB", **options)
+    assert model.plan.plan.predicted.host_peak_bytes <= 30 << 10
+    assert compile(small(), IMAGES, **options).plan.plan.predicted.host_peak_bytes > 30 << 10
 
 
 def test_other_shapes_are_planned_anew_or_refused() -> None:
