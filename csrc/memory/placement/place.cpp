@@ -98,6 +98,7 @@ void search_part(Part& part, int64_t target, int64_t effort, const Clock& clock)
   int64_t node_limit = 2 * static_cast<int64_t>(problem.buffers()) * (1 + problem.sections() / 1024);
   for (uint64_t round = 0; part.peak > target && !spent(); ++round, node_limit *= 2) {
     if (attempt(at_target, target, round, node_limit) == Outcome::kRefuted) ++target;
+    if (round == 0) continue;  // both ways of focus first
     // Where the target resists: halve what is between it and the best, for as many nodes.
     const int64_t end = 2 * at_target.nodes();
     for (int64_t low = target; part.peak > low + 1 && at_target.nodes() + above.nodes() < end && !spent();) {
