@@ -1,7 +1,7 @@
 // Static placement: buffers with known lifetimes get addresses in one arena so that the highest used address is as low
 // as can be found (dynamic storage allocation; strongly NP-hard). Called by the planner for each of its pools, and by
 // the command line for MiniMalloc's CSV files. Knows nothing of graphs. Stages in placement/: problem.h, heuristics.h,
-// search.h, improve.h.
+// search.h.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,9 @@ struct Buffer {
   bool operator==(const Buffer&) const = default;
 };
 
-// The work spent where the simple heuristics do not reach the lower bound: nodes of branch and bound, and the like. The
-// same effort gives the same placement everywhere. kNoSearch: sorted heuristics alone.
+// The work spent where the simple heuristics do not reach the lower bound, for each part that is independent in time:
+// nodes of branch and bound, about a microsecond of one core each. The same effort gives the same placement everywhere.
+// kNoSearch: heuristics alone, as for parts of more than 16,384 buffers.
 inline constexpr int64_t kNoSearch = 0;
 inline constexpr int64_t kDefaultEffort = 1'000'000;
 
@@ -41,9 +42,9 @@ struct Placement {
 };
 
 // Buffers whose lifetimes meet do not overlap in the result. Never worse than first-fit in order of begin, nor, up to
-// some thousands of buffers, than first-fit in order of size. Pure; safe to call from several threads. Throws
-// InvalidArgument for begin >= end, a negative size, an option out of range, or sizes whose sum (each rounded up to the
-// alignment) passes 2^63 - 1.
+// two million pairs of buffers that meet and unless the time is over, than first-fit in order of size. Pure; safe to
+// call from several threads. Throws InvalidArgument for begin >= end, a negative size, an option out of range, or sizes
+// whose sum (each rounded up to the alignment) passes 2^63 - 1.
 Placement place(std::span<const Buffer> buffers, const PlacementOptions& options = {});
 
 // The largest sum of sizes, each rounded up to the alignment, that are live at one time: no placement is lower. Throws

@@ -10,18 +10,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitkern.benchmarks.networks import NetworkOptions, capture_network
 from splitkern.memory.cost_model import CostModel, with_durations
+
+if TYPE_CHECKING:
+    from splitkern.memory.capture import CapturedStep
 
 SLOWDOWNS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)
 CAPTURED_BATCHES = (2, 4, 7)
 NETWORKS = ("vgg19", "resnet50")
 GRIDS = ((1, 1), (2, 2), (4, 4))
 _LARGEST_BATCH = 1 << 16
+_ROUNDING = 1e-9  # of a slowdown
 
 
 class ScaleError(ValueError):
@@ -68,14 +72,9 @@ class ScalableStep:
         Raises:
             ScaleError: where the third is not what the other two predict; the text says where.
         """
-        from dataclasses import replace
-
         low, high, proof = batches
         steps = [capture_network(replace(options, batch=batch)) for batch in (low, high, proof)]
-        values = [
-            {**step.graph_dict(), "name": "", "costs": [[one.flop, one.bytes] for one in step.operations]}
-            for step in steps
-        ]
+        values = [_value(step) for step in steps]
         step = cls((low, high), (values[0], values[1]), [str(one.call.overload) for one in steps[0].operations])
         difference = _first_difference(step.at(proof), values[2], "step")
         if difference is not None:
@@ -100,6 +99,14 @@ class ScalableStep:
             for operation, (flop, size_bytes), call in zip(graph["operations"], costs, self.calls, strict=True)
         )
         return json.dumps({**with_durations(graph, durations_us, model.label), "name": name})
+
+
+def _value(step: CapturedStep) -> dict[str, Any]:
+    graph = step.graph_dict()
+    # Names of tensors hold their shapes.
+    tensors = [{**tensor, "name": f"tensor {index}"} for index, tensor in enumerate(graph["tensors"])]
+    costs = [[one.flop, one.bytes] for one in step.operations]
+    return {**graph, "name": "", "tensors": tensors, "costs": costs}
 
 
 def _between(low: Any, high: Any, low_batch: int, high_batch: int, batch: int, where: str) -> Any:
@@ -226,7 +233,7 @@ def largest_batches(
         misses = misses + 1 if slowdown(steps[-1]) > max(slowdowns) else 0
     answers = {}
     for limit in slowdowns:
-        within = [batch for batch in sorted(points) if slowdown(batch) <= limit]
+        within = [batch for batch in sorted(points) if slowdown(batch) <= limit + _ROUNDING]
         if not within:
             answers[limit] = 0
             continue
@@ -234,7 +241,7 @@ def largest_batches(
         high = min((batch for batch in points if batch > low), default=low + 1)
         while high - low > max(1, int(resolution * low)):
             middle = (low + high) // 2
-            low, high = (middle, high) if slowdown(middle) <= limit else (low, middle)
+            low, high = (middle, high) if slowdown(middle) <= limit + _ROUNDING else (low, middle)
         answers[limit] = low
     return answers, [Point(batch, points[batch]) for batch in sorted(points)]
 
@@ -245,6 +252,11 @@ class Planner:
     def __init__(self, step: ScalableStep, model: CostModel, name: str) -> None:
         self._step, self._model, self._name = step, model, name
         self._graphs: dict[int, Any] = {}
+        self._host_bytes: dict[tuple[int, str], int] = {}
+
+    def host_bytes(self, batch: int, strategy: str) -> int:
+        """Pinned host memory of a plan that `image_us` has made; 0 for none."""
+        return self._host_bytes.get((batch, strategy), 0)
 
     def image_us(self, batch: int, strategy: str) -> float | None:
         """Predicted µs per image, or None where no plan of that strategy fits the machine's memory."""
@@ -265,6 +277,7 @@ class Planner:
         except _core.Infeasible:
             return None
         _core.validate(graph, plan)
+        self._host_bytes[batch, strategy] = plan.predicted.host_peak_bytes
         return float(plan.predicted.step_us) / batch
 
 
@@ -277,6 +290,7 @@ class Curve:
         plain_batch: largest batch of the network as it is.
         plain_image_us: its time per image.
         batches: largest batch by slowdown.
+        host_bytes: pinned host memory that its plan needs, by slowdown.
         points: everything evaluated.
     """
 
@@ -287,11 +301,16 @@ class Curve:
     plain_batch: int
     plain_image_us: float
     batches: Mapping[float, int]
+    host_bytes: Mapping[float, int]
     points: Sequence[Point]
 
     def as_row(self) -> dict[str, Any]:
         """As JSON holds it; slowdowns as text."""
-        return {**asdict(self), "batches": {f"{limit:.2f}": batch for limit, batch in self.batches.items()}}
+        by_slowdown = {
+            name: {f"{limit:.2f}": value for limit, value in getattr(self, name).items()}
+            for name in ("batches", "host_bytes")
+        }
+        return {**asdict(self), **by_slowdown}
 
     @property
     def multipliers(self) -> dict[float, float]:
@@ -309,6 +328,7 @@ def curve_of_row(row: Mapping[str, Any]) -> Curve:
         plain_batch=row["plain_batch"],
         plain_image_us=row["plain_image_us"],
         batches={float(limit): batch for limit, batch in row["batches"].items()},
+        host_bytes={float(limit): size for limit, size in row["host_bytes"].items()},
         points=[Point(**point) for point in row["points"]],
     )
 

@@ -49,6 +49,11 @@ class Call:
 
 # --- names --------------------------------------------------------------------------------------------------------
 
+#: What the gradient of a convolution's bias is.
+CONVOLUTION_BIAS_GRAD = "aten.sum.dim_IntList"
+
+_BACKWARD = aten.convolution_backward.default
+
 _TARGETS: Mapping[Any, str] = {
     splitkern_ops.patch_conv2d.default: "conv2d",
     splitkern_ops.patch_conv2d.out: "conv2d",
@@ -91,7 +96,7 @@ def target_of(operation: RecordedOperation) -> str:
             return "conv2d_input_grad"
         if mask == [False, True, False]:
             return "conv2d_weight_grad"
-        return "aten.sum.dim_IntList"
+        return CONVOLUTION_BIAS_GRAD
     if overload is aten.add.Tensor and operation.kwargs.get("alpha", 1) == 1:
         return "add"
     if overload is aten.threshold_backward.default and args[2] == 0:
@@ -172,10 +177,8 @@ def is_sum(operation: RecordedOperation) -> bool:
 
 def box_bytes(box: Box) -> int:
     """Bytes of the elements of a box; repeated elements (stride 0) count once."""
-    count: int = box.dtype.itemsize
-    for size, stride in zip(box.sizes, box.strides_bytes, strict=True):
-        count *= size if stride != 0 or size == 0 else 1
-    return count
+    once = (size if stride != 0 or size == 0 else 1 for size, stride in zip(box.sizes, box.strides_bytes, strict=True))
+    return int(box.dtype.itemsize) * _product(once)
 
 
 def flop_of(operation: RecordedOperation, target: str) -> int:
@@ -218,6 +221,10 @@ def _product(values: Iterable[int]) -> int:
 # --- passes over the record ---------------------------------------------------------------------------------------
 
 
+def _blank(box: Box) -> Blank:
+    return Blank(box.sizes, tuple(stride // box.dtype.itemsize for stride in box.strides_bytes), box.dtype)
+
+
 def split_convolution_backward(operation: RecordedOperation) -> list[RecordedOperation]:
     """The gradients of one convolution as operations of their own, each reading only what it needs.
 
@@ -237,7 +244,7 @@ def split_convolution_backward(operation: RecordedOperation) -> list[RecordedOpe
         for place in range(3):
             box = operation.reads[args[place].position]
             if place not in needs[gradient]:
-                args[place] = Blank(box.sizes, tuple(s // box.dtype.itemsize for s in box.strides_bytes), box.dtype)
+                args[place] = _blank(box)
                 continue
             if box not in reads:
                 reads.append(box)
@@ -281,17 +288,15 @@ def read_only_needed(operation: RecordedOperation) -> RecordedOperation:
     args = list(operation.args)
     blank: set[int] = set()
     for place in _SHAPE_ONLY.get(operation.overload, ()):
-        box = operation.reads[args[place].position]
-        args[place] = Blank(box.sizes, tuple(s // box.dtype.itemsize for s in box.strides_bytes), box.dtype)
         blank.add(place)
     if operation.overload in _BATCH_NORM_BACKWARDS:
         places, flag = _BATCH_NORM_BACKWARDS[operation.overload]
         if flag is None or args[flag]:
-            for place in places:
-                args[place] = None
-                blank.add(place)
+            blank.update(place for place in places if args[place] is not None)
     if not blank:
         return operation
+    for place in blank:
+        args[place] = _blank(operation.reads[args[place].position])
     reads: list[Box] = []
 
     def moved(read: Read) -> Read:
@@ -513,11 +518,14 @@ def original_call(operation: RecordedOperation) -> Call:
     return Call(operation.overload, operation.args, operation.kwargs, operation.results, operation.preload)
 
 
-def out_call(operation: RecordedOperation) -> Call | None:
+def out_call(operation: RecordedOperation, device_type: str) -> Call | None:
     """A call that writes the destinations itself, without allocating them; None where there is none.
 
-    ATen's convolutions become the package's, of one patch.
+    ATen's convolutions become the package's, of one patch. Of a bias's gradient only on CUDA: on the CPU the library
+    that ATen calls adds up in another order than ``sum``, and a step has to stay bit-equal to eager execution there.
     """
+    if device_type == "cpu" and target_of(operation) == CONVOLUTION_BIAS_GRAD and operation.overload is _BACKWARD:
+        return None
     overload, args, kwargs = operation.overload, operation.args, operation.kwargs
     if not any(result is not None for result in operation.results):
         return None if operation.preload else original_call(operation)

@@ -211,11 +211,16 @@ def test_threads_and_an_upstream_that_collects_garbage(core: Any) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
+    gc.collect()
+    gc.freeze()  # what is not of this test needs no looking through
+    try:
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+    finally:
+        gc.unfreeze()
     assert not any(thread.is_alive() for thread in threads), "deadlock"
     assert not errors
     gc.collect()

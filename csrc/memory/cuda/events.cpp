@@ -4,6 +4,7 @@
 #include <string>
 
 #include "memory/cuda/errors.h"
+#include "memory/errors.h"
 
 namespace splitkern::memory::cuda {
 

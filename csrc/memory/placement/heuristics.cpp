@@ -234,10 +234,41 @@ Problem reversed(const Problem& problem, std::vector<int32_t>& from) {
   return result;
 }
 
-std::vector<int64_t> fill_from_left(const Problem& problem) {
+// The section with the largest key of a run.
+class KeyTree {
+ public:
+  explicit KeyTree(std::span<const double> keys) : keys_(keys) {
+    leaves_ = 1;
+    while (leaves_ < static_cast<int32_t>(keys.size())) leaves_ *= 2;
+    best_.assign(2 * leaves_, 0);
+    for (int32_t s = 0; s < leaves_; ++s) best_[leaves_ + s] = std::min(s, static_cast<int32_t>(keys.size()) - 1);
+    for (int32_t node = leaves_ - 1; node > 0; --node) best_[node] = better(best_[2 * node], best_[2 * node + 1]);
+  }
+
+  int32_t largest(int32_t begin, int32_t end) const {
+    int32_t result = begin;
+    for (int32_t low = begin + leaves_, high = end + leaves_; low < high; low /= 2, high /= 2) {
+      if (low & 1) result = better(result, best_[low++]);
+      if (high & 1) result = better(result, best_[--high]);
+    }
+    return result;
+  }
+
+ private:
+  int32_t better(int32_t a, int32_t b) const { return keys_[b] > keys_[a] || (keys_[b] == keys_[a] && b < a) ? b : a; }
+
+  std::span<const double> keys_;
+  int32_t leaves_;
+  std::vector<int32_t> best_;
+};
+
+std::vector<int64_t> fill_from_left(const Problem& problem, std::span<const double> keys) {
+  constexpr int kStartsTried = 16;
   const int32_t n = problem.buffers(), m = problem.sections();
   std::vector<int64_t> offsets(n, 0);
   if (n == 0) return offsets;
+  std::optional<KeyTree> tightest;
+  if (!keys.empty()) tightest.emplace(keys);
   // Remaining buffers by first section, each bucket by last section descending; the tree holds the smallest last
   // section of each bucket. `skip` jumps over those that are placed.
   std::vector<int32_t> starts(m + 1, 0);
@@ -255,6 +286,7 @@ std::vector<int64_t> fill_from_left(const Problem& problem) {
   for (int32_t node = leaves - 1; node > 0; --node) least[node] = std::min(least[2 * node], least[2 * node + 1]);
   // The first section from `a` on in which a remaining buffer begins that ends before `b`; m: none.
   const auto find = [&](int32_t a, int32_t b) {
+    if (a >= m) return m;
     int32_t node = a + leaves;
     while (least[node] >= b) {
       while (node & 1) {
@@ -288,7 +320,7 @@ std::vector<int64_t> fill_from_left(const Problem& problem) {
       run = wall_left <= wall_right ? before : end;
       continue;
     }
-    const int32_t s = find(begin, end);
+    int32_t s = find(begin, end);
     if (s >= end) {
       const int64_t wall = std::min(wall_left, wall_right);
       floor[run] = wall;
@@ -296,11 +328,26 @@ std::vector<int64_t> fill_from_left(const Problem& problem) {
       if (before >= 0 && wall_left == wall) merge_next(run = before);
       continue;
     }
-    // The longest that ends in the niche: the first of the bucket from there on.
-    int32_t i = std::partition_point(problem.last.begin() + starts[s], problem.last.begin() + tail[s],
-                                     [&](int32_t last) { return last >= end; }) -
-                problem.last.begin();
-    while (placed[i]) ++i;
+    // The longest of those that begin at a section and end in the niche; there is one.
+    const auto longest_at = [&](int32_t start) {
+      int32_t i = std::partition_point(problem.last.begin() + starts[start], problem.last.begin() + tail[start],
+                                       [&](int32_t last) { return last >= end; }) -
+                  problem.last.begin();
+      while (placed[i]) ++i;
+      return i;
+    };
+    int32_t i = longest_at(s);
+    if (tightest) {
+      const int32_t wanted = tightest->largest(begin, end);
+      int32_t longest = 0;
+      for (int32_t start = s, k = 0; start <= wanted && k < kStartsTried; start = find(start + 1, end), ++k) {
+        const int32_t j = longest_at(start);
+        if (problem.last[j] < wanted || problem.last[j] - start < longest) continue;
+        longest = problem.last[j] - start + 1;
+        i = j;
+      }
+      s = problem.first[i];
+    }
     placed[i] = 1;
     --left;
     offsets[i] = here;
@@ -388,10 +435,12 @@ std::vector<int64_t> drop_in_order(const Problem& problem, std::span<const int32
   return offsets;
 }
 
-std::vector<int64_t> fill_niches(const Problem& problem, Fill fill) {
-  if (fill == Fill::kFromLeft) return fill_from_left(problem);
+std::vector<int64_t> fill_niches(const Problem& problem, Fill fill, std::span<const double> keys) {
+  if (fill == Fill::kFromLeft) return fill_from_left(problem, keys);
   std::vector<int32_t> from;
-  const std::vector<int64_t> mirrored = fill_from_left(reversed(problem, from));
+  const Problem mirror = reversed(problem, from);
+  const std::vector<double> mirrored_keys(keys.rbegin(), keys.rend());
+  const std::vector<int64_t> mirrored = fill_from_left(mirror, mirrored_keys);
   std::vector<int64_t> offsets(problem.buffers());
   for (size_t k = 0; k < from.size(); ++k) offsets[from[k]] = mirrored[k];
   return offsets;

@@ -30,7 +30,8 @@ enum class Fill : uint8_t {
 };
 
 // Niche by niche of the skyline (see search.h): a buffer that fits is laid on the floor, until none does; then the
-// floor is raised to the lower wall. Never goes back. O(n log n).
-std::vector<int64_t> fill_niches(const Problem& problem, Fill fill);
+// floor is raised to the lower wall. Never goes back. Without keys the buffer that `fill` says; with one key a section,
+// the longest of those that cover the section of the niche with the largest key, if there is one. O(n log n).
+std::vector<int64_t> fill_niches(const Problem& problem, Fill fill, std::span<const double> keys = {});
 
 }  // namespace splitkern::memory::placement

@@ -17,10 +17,12 @@ namespace {
 
 using namespace placement;
 
-// Above, a node of the search would cost too much, and its recursion too deep a stack.
-constexpr int32_t kSearchBuffers = 4096;
-// Pairs of buffers that first-fit by size may look at: some 4,000 buffers that all meet.
-constexpr int64_t kFirstFitWork = 8'000'000;
+// Above, even one descent of the search takes longer than all heuristics together.
+constexpr int32_t kSearchBuffers = 16384;
+// Above, of the heuristics only the two fastest.
+constexpr int32_t kManyBuffers = 400'000;
+// Pairs of buffers that first-fit by size may look at: some 2,000 buffers that all meet.
+constexpr int64_t kFirstFitWork = 2'000'000;
 
 class Clock {
  public:
@@ -48,46 +50,44 @@ struct Part {
   }
 };
 
-std::vector<int32_t> order_by(const Problem& problem, auto key, bool descending) {
-  std::vector<int64_t> keys(problem.buffers());
-  for (int32_t i = 0; i < problem.buffers(); ++i) keys[i] = key(i);
-  return sorted_positions(keys, descending);
-}
-
-void apply_heuristics(Part& part, int64_t target, const Clock& clock) {
+// What costs no more than sorting.
+void apply_sweeps(Part& part, int64_t target, const Clock& clock) {
   const Problem& problem = part.problem;
   const auto enough = [&] { return part.peak <= target || clock.over(); };
   part.offer(first_fit_by_begin(problem));
-  for (const Fill fill : {Fill::kFromRight, Fill::kFromLeft}) {
-    if (enough()) return;
-    part.offer(fill_niches(problem, fill));
-  }
+  if (enough()) return;
+  part.offer(fill_niches(problem, Fill::kFromRight));
+  if (enough()) return;
+  part.offer(fill_niches(problem, Fill::kFromLeft));
+  if (enough() || problem.buffers() > kManyBuffers) return;
+  const std::vector<double> keys(problem.live.begin(), problem.live.end());
+  part.offer(fill_niches(problem, Fill::kFromRight, keys));
+  if (enough()) return;
+  part.offer(fill_niches(problem, Fill::kFromLeft, keys));
 }
 
-// The orders that place holes can be filled in; costs more than the rest.
-void apply_first_fits(Part& part, int64_t target, const Clock& clock) {
-  const Problem& problem = part.problem;
-  const auto size = [&](int32_t i) { return problem.size[i]; };
+// The only one that fills holes under what lies there already, and costs the more for it.
+void apply_first_fit_by_size(Part& part, int64_t target, const Clock& clock) {
   if (part.peak <= target || clock.over()) return;
-  if (auto offsets = first_fit_in_order(problem, order_by(problem, size, true), kFirstFitWork)) {
-    part.offer(std::move(*offsets));
-  }
+  const auto order = sorted_positions(part.problem.size, /*descending=*/true);
+  if (auto offsets = first_fit_in_order(part.problem, order, kFirstFitWork)) part.offer(std::move(*offsets));
 }
 
 // Spends up to `effort` nodes to bring the peak to `target`.
 void search_part(Part& part, int64_t target, int64_t effort, const Clock& clock) {
+  constexpr Preference kPreferences[] = {Preference::kWidest, Preference::kTightest, Preference::kLargest,
+                                         Preference::kArea};
   const Problem& problem = part.problem;
   const auto stop = [&] { return clock.over(); };
   // One for the target, one for capacities above it: what fails at one capacity would mislead at another.
   Search at_target(problem, stop), above(problem, stop);
-  constexpr Preference kPreferences[] = {Preference::kWidest, Preference::kTightest, Preference::kLargest,
-                                         Preference::kArea};
   const auto left = [&] { return effort - at_target.nodes() - above.nodes(); };
   const auto spent = [&] { return left() <= 0 || clock.over(); };
   const auto attempt = [&](Search& search, int64_t capacity, uint64_t round, int64_t node_limit) {
+    const Focus focus = round % 2 == 0 ? Focus::kNear : Focus::kAll;
     for (const Preference preference : kPreferences) {
       if (spent()) break;
-      const Outcome outcome = search.run(capacity, preference, round, std::min(node_limit, left()));
+      const Outcome outcome = search.run(capacity, preference, round, std::min(node_limit, left()), focus);
       if (outcome == Outcome::kFound) {
         part.offer(std::vector<int64_t>(search.offsets().begin(), search.offsets().end()));
       }
@@ -95,14 +95,14 @@ void search_part(Part& part, int64_t target, int64_t effort, const Clock& clock)
     }
     return Outcome::kLimit;
   };
-  int64_t node_limit = 2 * problem.buffers();
+  int64_t node_limit = 2 * static_cast<int64_t>(problem.buffers()) * (1 + problem.sections() / 1024);
   for (uint64_t round = 0; part.peak > target && !spent(); ++round, node_limit *= 2) {
     if (attempt(at_target, target, round, node_limit) == Outcome::kRefuted) ++target;
     // Where the target resists: halve what is between it and the best, for as many nodes.
-    int64_t low = target;
-    for (const int64_t end = 2 * at_target.nodes(); part.peak > low + 1 && !spent();) {
-      if (at_target.nodes() + above.nodes() >= end) break;
+    const int64_t end = 2 * at_target.nodes();
+    for (int64_t low = target; part.peak > low + 1 && at_target.nodes() + above.nodes() < end && !spent();) {
       const int64_t capacity = low + (part.peak - low) / 2;
+      above.forget_failures();
       const Outcome outcome = attempt(above, capacity, round, node_limit);
       if (outcome == Outcome::kRefuted) target = std::max(target, capacity + 1);
       if (outcome != Outcome::kFound) low = capacity;
@@ -134,7 +134,7 @@ Placement place(std::span<const Buffer> buffers, const PlacementOptions& options
   parts.reserve(ranges.size());
   for (const auto& [begin, end] : ranges) {
     parts.push_back({part_of(problem, begin, end), {}, kUnlimited});
-    apply_heuristics(parts.back(), target, clock);
+    apply_sweeps(parts.back(), target, clock);
   }
   // The highest parts first: what they cannot go below, the others need not either.
   std::vector<size_t> high;
@@ -146,10 +146,10 @@ Placement place(std::span<const Buffer> buffers, const PlacementOptions& options
   for (const size_t p : high) {
     Part& part = parts[p];
     const int64_t wanted = std::max(reached, part.problem.lower_bound);
-    apply_first_fits(part, wanted, clock);
     if (options.effort > 0 && part.problem.buffers() <= kSearchBuffers && part.peak > wanted) {
       search_part(part, wanted, options.effort, clock);
     }
+    apply_first_fit_by_size(part, wanted, clock);
     reached = std::max(reached, part.peak);
   }
 

@@ -13,11 +13,15 @@
 
 namespace check {
 
+inline int64_t rounded_up(int64_t size, int64_t alignment) {
+  return size == 0 ? 0 : ((size - 1) / alignment + 1) * alignment;
+}
+
 // The largest sum of live sizes, each rounded up.
 inline int64_t live_peak(const std::vector<splitkern::memory::Buffer>& buffers, int64_t alignment) {
   std::map<int64_t, int64_t> change;
   for (const auto& buffer : buffers) {
-    const int64_t size = (buffer.size_bytes + alignment - 1) / alignment * alignment;
+    const int64_t size = rounded_up(buffer.size_bytes, alignment);
     change[buffer.begin] += size;
     change[buffer.end] -= size;
   }
@@ -36,9 +40,7 @@ inline void placed(const std::vector<splitkern::memory::Buffer>& buffers, const 
   };
   std::vector<Event> events;
   int64_t peak = 0;
-  const auto end_of = [&](size_t i) {
-    return placement.offsets[i] + (buffers[i].size_bytes + alignment - 1) / alignment * alignment;
-  };
+  const auto end_of = [&](size_t i) { return placement.offsets[i] + rounded_up(buffers[i].size_bytes, alignment); };
   for (size_t i = 0; i < buffers.size(); ++i) {
     const std::string name = "buffer " + std::to_string(i);
     require(placement.offsets[i] >= 0, name + " has a negative offset");
