@@ -166,12 +166,26 @@ CHECK_NAMED(pipeline_threaded_streams, "pipeline: streams on host memory keep th
   check::equal(std::ssize(seen), 21, "calls after the destructor");
   check::require(std::ranges::is_sorted(seen), "calls in order");
 
+  ThreadedStreams streams;
+  {
+    // The latest record counts, whichever passes last.
+    const EventId twice = streams.create_event();
+    Gate gate;
+    streams.call(StreamId::kCompute, [&gate] { gate.pass(); });
+    streams.record(twice, StreamId::kCompute);
+    check::require(!streams.query(twice), "an event has passed before its stream came there");
+    streams.record(twice, StreamId::kPrefetch);
+    streams.synchronize(twice);
+    gate.open();
+    streams.drain();
+    check::require(streams.query(twice), "an earlier record has undone a later one");
+  }
+
   check::refuses([] { ThreadedStreams({.max_delay_us = -1}); }, {"max_delay_us", "-1"});
   check::refuses([] { ThreadedStreams({.piece_bytes = 0}); }, {"piece_bytes", "0"});
   check::refuses(
       [] { ThreadedStreams({.priority = std::array{StreamId::kCompute, StreamId::kCompute, StreamId::kOffload}}); },
       {"priority", "compute 2 times"});
-  ThreadedStreams streams;
   check::refuses([&] { streams.record(7, StreamId::kCompute); }, {"event 7"});
 }
 
