@@ -235,8 +235,8 @@ class CapturedStep:
     def runnable(self, index: int, device: torch.device | str | None = None) -> Callable[[], None]:
         """An operation on tensors of its real shapes and strides, to be timed.
 
-        Floating-point tensors hold normal random numbers, drawn without touching the global random state; others hold
-        zeros, which are valid as class labels and as pooling positions.
+        Floating-point tensors hold normal random numbers, drawn without touching the global random state; pooling
+        positions are those of such images; others hold zeros, which are valid as class labels.
 
         Args:
             index: of the operation.
@@ -250,6 +250,10 @@ class CapturedStep:
         generator = torch.Generator(device).manual_seed(index)
         reads = [_example(self.tensors[place], device, generator) for place in operation.reads]
         writes = [_example(self.tensors[place], device, generator) for place in operation.writes]
+        if operation.call.overload is torch.ops.splitkern.patch_max_pool2d_backward.default:
+            _, _, sizes, *window = operation.call.args
+            images = torch.randn(sizes, dtype=reads[0].dtype, device=device, generator=generator)
+            reads[1].copy_(torch.ops.splitkern.patch_max_pool2d(images, *window)[1])
         call = operation.call if operation.out_call is None or device.type == "cpu" else operation.out_call
 
         def run() -> None:

@@ -161,6 +161,7 @@ def inplace_pairs(operation: RecordedOperation, storages: Sequence[RecordedStora
         and read.strides_bytes == write.strides_bytes
         and read.dtype.itemsize == write.dtype.itemsize
         and not any(other.storage == read.storage for other in operation.writes)
+        and not any(other.storage == read.storage and other != read for other in operation.reads)
     ]
 
 
@@ -200,7 +201,8 @@ def flop_of(operation: RecordedOperation, target: str) -> int:
         return 2 * _product(output) * _product(weight[1:])
     if target in ("mm", "addmm", "aten.bmm.default"):
         one = operation.args[1 if target == "addmm" else 0]
-        return 2 * _product(operation.writes[0].sizes) * operation.reads[one.position].sizes[-1]
+        inner: int = operation.reads[one.position].sizes[-1]
+        return 2 * _product(operation.writes[0].sizes) * inner
     return sum(_product(write.sizes) for write in operation.writes)
 
 

@@ -374,6 +374,21 @@ def test_what_the_planner_may_do() -> None:
     assert written == {place for name, place in step.parameters.items() if "running" in name or "tracked" in name}
 
 
+def test_a_tensor_and_its_transpose_are_not_overwritten_in_place() -> None:
+    class Symmetric(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.weight * x[0, 0]
+            return (y + y.t()).exp().mean()
+
+    step = _checked(Symmetric(), _images(4), (), None)
+    addition = next(o for o in step.operations if o.target == "add")
+    assert addition.inplace == () and len(addition.reads) == 2
+
+
 def test_gradients_read_only_what_they_need() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1))
     step = capture(model, _images(16), loss=lambda y: y.square().mean())
