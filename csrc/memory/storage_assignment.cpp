@@ -86,7 +86,7 @@ class Assigner {
     for (int32_t side = 0; side < 2; ++side) {
       const int32_t product = storage_of(sum.reads[side]);
       const int32_t other = storage_of(sum.reads[1 - side]);
-      if (product == other || !dies_at(product, index) || !dies_at(other, index)) continue;
+      if (!dies_at(product, index) || !dies_at(other, index)) continue;
       if (!same_elements(graph_.tensors[sum.reads[0]], graph_.tensors[sum.writes[0]]) ||
           !same_elements(graph_.tensors[sum.reads[1]], graph_.tensors[sum.writes[0]]))
         continue;
