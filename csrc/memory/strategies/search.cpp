@@ -97,6 +97,7 @@ class Search {
  private:
   static constexpr int kParts = 8;
   static constexpr int kSmallShare = 16;
+  static constexpr int kRepairs = 6;
   static constexpr int kLightenings = 128;
 
   int32_t count() const { return static_cast<int32_t>(by_time_.size()); }
@@ -259,13 +260,33 @@ class Search {
     }
   }
 
-  // Where it does not fit, offloads more, or (where nothing may be copied) computes more again.
-  bool rate_repaired(std::vector<Decision>& decisions) {
+  // Where it does not fit, offloads more, or computes more again of what is live at the peak, cheapest first.
+  bool rate_repaired(const std::vector<Decision>& decisions) {
+    bool improved = false;
     const std::vector<int32_t> order = offload_order(decisions);
     const int32_t needed = scheduler_.offloads_needed(decisions, order, problem_.device_bytes);
-    if (needed > static_cast<int32_t>(order.size())) return false;
-    for (int32_t index = 0; index < needed; ++index) decisions[order[index]] = Decision::kOffload;
-    return rate(decisions);
+    if (needed <= static_cast<int32_t>(order.size())) {
+      std::vector<Decision> repaired = decisions;
+      for (int32_t index = 0; index < needed; ++index) repaired[order[index]] = Decision::kOffload;
+      improved = rate(repaired);
+      if (needed == 0) return improved;
+    }
+    std::vector<Decision> repaired = decisions;
+    for (int round = 0; round < kRepairs; ++round) {
+      const Schedule& schedule = scheduler_.measure(repaired);
+      if (schedule.least_device_bytes <= problem_.device_bytes) return rate(repaired) || improved;
+      if (schedule.least_device_bytes == kUnlimited) return improved;
+      int64_t excess = schedule.least_device_bytes - problem_.device_bytes;
+      for (int32_t index : by_cost_) {
+        const int32_t storage = by_time_[index];
+        if (excess <= 0) break;
+        if (repaired[storage] != Decision::kKeep || !scheduler_.would_be_absent(storage, schedule.short_at)) continue;
+        repaired[storage] = Decision::kRecompute;
+        excess -= live_.bytes[storage];
+      }
+      if (excess > 0) return improved;
+    }
+    return improved;
   }
 
   void descend() {
