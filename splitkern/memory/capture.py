@@ -517,9 +517,9 @@ class _Capture:
             },
             parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
             inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
+            device=self._device(),
         ).step(
             name,
-            self._device(),
             differentiable=tuple(i for i, leaf in enumerate(returned) if leaf.grad_fn is not None),
             structure=structure if self.wants_outputs else None,
         )
@@ -642,7 +642,9 @@ class _Assembly:
         gradients: Mapping[str, Box],
         parameters: Mapping[str, Box],
         inputs: Mapping[str, Box],
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.storages: list[RecordedStorage] = recorder.storages
         self.loss, self.outputs = loss, outputs
         self.gradients, self.parameters, self.inputs = gradients, parameters, inputs
@@ -656,17 +658,15 @@ class _Assembly:
             for operation in recorder.operations
             for part in rewrite.split_convolution_backward(operation)
         ]
-        operations = rewrite.replace_max_pools(operations, self.storages)
+        operations = rewrite.replace_max_pools(operations, self.storages, device.type)
         self.recorded = rewrite.write_joins(operations, self.storages)
         self.boxes: dict[Box, int] = {}
         self.kept: dict[int, int] = {}
         self.names: Counter[str] = Counter()
         self.captured_storages: list[CapturedStorage] = []
         self.tensors: list[CapturedTensor] = []
-        self.device_type = "cpu"
 
-    def step(self, name: str, device: torch.device, **returned: Any) -> CapturedStep:
-        self.device_type = device.type
+    def step(self, name: str, **returned: Any) -> CapturedStep:
         for box in (*self.parameters.values(), *self.inputs.values()):
             self._tensor(box, "")
         operations = [self._operation(operation) for operation in self.recorded]
@@ -688,7 +688,7 @@ class _Assembly:
             tensors=tuple(self.tensors),
             operations=tuple(operations),
             constants=constants,
-            device=device,
+            device=self.device,
             **returned,
             **places,
         )
@@ -755,5 +755,5 @@ class _Assembly:
             flop=rewrite.flop_of(recorded, target),
             bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
             call=rewrite.original_call(recorded),
-            out_call=rewrite.out_call(recorded, self.device_type),
+            out_call=rewrite.out_call(recorded, self.device.type),
         )

@@ -314,16 +314,19 @@ def read_only_needed(operation: RecordedOperation) -> RecordedOperation:
 _LARGEST_POOL_WINDOW = 255
 
 
-def replace_max_pools(operations: list[RecordedOperation], storages: list[RecordedStorage]) -> list[RecordedOperation]:
+def replace_max_pools(
+    operations: list[RecordedOperation], storages: list[RecordedStorage], device_type: str
+) -> list[RecordedOperation]:
     """ATen's max poolings as the package's, which keep one byte per output where ATen's keep eight.
 
     Values and gradients are the same bit for bit: the first maximum of a window wins in both, and gradients add up in
-    the order of the outputs. Only where nothing but gradients reads the positions.
+    the order of the outputs. Only where nothing but gradients reads the positions, and, on the CPU, not where windows
+    overlap in a type of less than 32 bits: there ATen rounds every sum of gradients, the package's only the last.
     """
     forwards = {
         operation.writes[1].storage: index
         for index, operation in enumerate(operations)
-        if operation.overload is aten.max_pool2d_with_indices.default and _is_max_pool2d(operation)
+        if operation.overload is aten.max_pool2d_with_indices.default and _is_max_pool2d(operation, device_type)
     }
     backwards: dict[int, list[int]] = {storage: [] for storage in forwards}
     for index, operation in enumerate(operations):
@@ -363,10 +366,12 @@ def replace_max_pools(operations: list[RecordedOperation], storages: list[Record
     return operations
 
 
-def _is_max_pool2d(operation: RecordedOperation) -> bool:
-    kernel = _pool_window(operation)[0]
+def _is_max_pool2d(operation: RecordedOperation, device_type: str) -> bool:
+    kernel, stride, _, dilation = _pool_window(operation)
+    overlap = any(d != 1 or s < k for k, s, d in zip(kernel, stride, dilation, strict=True))
     return (
-        len(operation.reads[0].sizes) == 4
+        not (overlap and device_type == "cpu" and operation.writes[0].dtype.itemsize < 4)
+        and len(operation.reads[0].sizes) == 4
         and kernel[0] * kernel[1] <= _LARGEST_POOL_WINDOW
         and operation.writes[0].dtype.is_floating_point
         and operation.writes[1].offset_bytes == 0

@@ -91,7 +91,8 @@ def test_split_modes(options: dict[str, str], channels_last: bool) -> None:
     model, images = ResNet(), _images(32)
     if channels_last:
         model, images = (one.to(memory_format=torch.channels_last) for one in (model, images))
-    sk.split_(model, images, grid=(2, 2), until="layer2", **options)
+    # Of few channels, ATen's own strided 1x1 convolutions in layer3 would add unwritten memory in this format.
+    sk.split_(model, images, grid=(2, 2), until="layer3" if channels_last else "layer2", **options)
     step = _checked(model, images)
     if channels_last:
         convolutions = [o for o in step.operations if o.target == "conv2d"]
