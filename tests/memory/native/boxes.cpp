@@ -211,6 +211,17 @@ CHECK_NAMED(boxes_elements, "boxes: dimensions of size 1 do not tell boxes apart
   check::require(!same_elements(box(0, {2, 3}, {12, 4}, 4), box(0, {2}, {12}, 4)), "a dimension more");
 }
 
+CHECK_NAMED(boxes_touching_runs, "boxes: without a lattice, runs that touch are one") {
+  // Runs of two bytes at 0, 4, 6 and 10.
+  const Tensor runs = box(0, {2, 2}, {6, 4}, 2);
+  const Tensor middle = box(4, {4}, {1});
+  const Tensor beyond = box(4, {5}, {1});
+  const std::vector<const Tensor*> pointers{&runs, &middle, &beyond};
+  const StorageBoxes boxes(pointers);
+  check::require(!boxes.is_lattice(), "no lattice");
+  check::require(boxes.contains(0, 1) && !boxes.contains(0, 2) && boxes.overlap(0, 2), "4 to 8, and not 9");
+}
+
 CHECK_NAMED(boxes_patches, "boxes: the patches of a joined tensor cover it, in any order, without runs") {
   // 32 images of 64 channels and 56×56: as runs of bytes these would be millions.
   const int64_t row = 56 * 4, channel = 56 * row, image = 64 * channel;
