@@ -282,6 +282,7 @@ def capture(
     targets: Tensor | Sequence[Any] = (),
     outputs: bool = False,
     given_gradients: bool = False,
+    device_type: str | None = None,
     name: str = "",
 ) -> CapturedStep:
     """Capture one training step of a model, split or not: forward, loss, and the gradients of its parameters.
@@ -299,6 +300,8 @@ def capture(
         outputs: whether the step also returns what the model returns.
         given_gradients: the loss is somebody else's: the step returns what the model returns, and its backward pass
             begins from the gradients of that, which are further inputs. Not with ``loss`` and ``targets``.
+        device_type: "cpu" or "cuda": where the operations will run, which decides what is rewritten to the package's
+            own; the device of the inputs unless given. A plan for a GPU can be made without one.
         name: of the graph; the model's class unless given.
 
     Returns:
@@ -323,13 +326,15 @@ def capture(
         raise TypeError(f"loss must be a function of the model's output and the targets, got {type(loss).__name__}")
     if given_gradients and (loss is not None or extra):
         raise ValueError("given_gradients must not come with loss or targets: the loss is not part of such a step")
+    if device_type not in (None, "cpu", "cuda"):
+        raise ValueError(f"device_type must be 'cpu', 'cuda' or None, got {device_type!r}")
     modules = _modules(model, loss)
     _require_capturable(modules)
     with ExitStack() as stack:
         stack.enter_context(_without_recomputation(model))
         stack.enter_context(_unchanged(modules))
         stack.enter_context(_fresh_autocast_cache())
-        capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients)
+        capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients, device_type)
         return capturing.run(name or type(model).__name__)
 
 
@@ -456,10 +461,12 @@ class _Capture:
         targets: tuple[Any, ...],
         outputs: bool,
         given_gradients: bool,
+        device_type: str | None,
     ) -> None:
         self.model, self.modules, self.loss = model, modules, loss
         self.arguments, self.targets = arguments, targets
         self.wants_outputs, self.given_gradients = outputs or given_gradients, given_gradients
+        self.device_type = device_type
         self.fake_mode = FakeTensorMode(static_shapes=True)
         self.recorder = Recorder(self.fake_mode)
         names: dict[int, str] = {}
@@ -518,6 +525,7 @@ class _Capture:
             parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
             inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
             device=self._device(),
+            device_type=self.device_type or self._device().type,
         ).step(
             name,
             differentiable=tuple(i for i, leaf in enumerate(returned) if leaf.grad_fn is not None),
@@ -643,8 +651,9 @@ class _Assembly:
         parameters: Mapping[str, Box],
         inputs: Mapping[str, Box],
         device: torch.device,
+        device_type: str,
     ) -> None:
-        self.device = device
+        self.device, self.device_type = device, device_type
         self.storages: list[RecordedStorage] = recorder.storages
         self.loss, self.outputs = loss, outputs
         self.gradients, self.parameters, self.inputs = gradients, parameters, inputs
@@ -658,7 +667,7 @@ class _Assembly:
             for operation in recorder.operations
             for part in rewrite.split_convolution_backward(operation)
         ]
-        operations = rewrite.replace_max_pools(operations, self.storages, device.type)
+        operations = rewrite.replace_max_pools(operations, self.storages, device_type)
         self.recorded = rewrite.write_joins(operations, self.storages)
         self.boxes: dict[Box, int] = {}
         self.kept: dict[int, int] = {}
@@ -755,5 +764,5 @@ class _Assembly:
             flop=rewrite.flop_of(recorded, target),
             bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
             call=rewrite.original_call(recorded),
-            out_call=rewrite.out_call(recorded, self.device.type),
+            out_call=rewrite.out_call(recorded, self.device_type),
         )
