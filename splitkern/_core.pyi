@@ -716,7 +716,7 @@ def plan(
     limits: Limits,
     *,
     strategy: str = "default",
-    search_effort: int = 300,
+    search_effort: int = 1000,
     placement_effort: int = 1000000,
 ) -> Plan: ...
 def read_minimalloc_csv(text: str) -> MinimallocCsv: ...
