@@ -149,7 +149,7 @@ class Model {
 
   int64_t any_size() {
     int64_t size = 1 + below(16);
-    while (below(4) != 0) size *= 2;
+    while (size < setting_.largest_bytes && below(4) != 0) size *= 2;
     return std::min(size * (1 + below(64)), setting_.largest_bytes);
   }
 
