@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only
 
 from splitkern.memory import rewrite
 from splitkern.memory.record import (
@@ -139,6 +139,9 @@ class CapturedStep:
             ("input.0", "target.0", "grad_output.0").
         constants: value of every tensor that the model holds as neither parameter nor buffer, by tensor.
         device: where the step was captured for.
+        differentiable: of ``outputs``, the positions of those that a gradient is given for.
+        structure: how the outputs are nested in what the model returns, as of ``torch.utils._pytree``; None where they
+            were not asked for.
     """
 
     name: str
@@ -152,6 +155,8 @@ class CapturedStep:
     inputs: Mapping[str, int]
     constants: Mapping[int, Tensor] = field(repr=False)
     device: torch.device
+    differentiable: tuple[int, ...] = ()
+    structure: TreeSpec | None = field(default=None, repr=False)
     durations_from: str = ""
 
     def graph_dict(self) -> dict[str, Any]:
@@ -230,8 +235,8 @@ class CapturedStep:
     def runnable(self, index: int, device: torch.device | str | None = None) -> Callable[[], None]:
         """An operation on tensors of its real shapes and strides, to be timed.
 
-        Floating-point tensors hold normal random numbers, drawn without touching the global random state; others hold
-        zeros, which are valid as class labels and as pooling positions.
+        Floating-point tensors hold normal random numbers, drawn without touching the global random state; pooling
+        positions are those of such images; others hold zeros, which are valid as class labels.
 
         Args:
             index: of the operation.
@@ -245,6 +250,10 @@ class CapturedStep:
         generator = torch.Generator(device).manual_seed(index)
         reads = [_example(self.tensors[place], device, generator) for place in operation.reads]
         writes = [_example(self.tensors[place], device, generator) for place in operation.writes]
+        if operation.call.overload is torch.ops.splitkern.patch_max_pool2d_backward.default:
+            _, _, sizes, *window = operation.call.args
+            images = torch.randn(sizes, dtype=reads[0].dtype, device=device, generator=generator)
+            reads[1].copy_(torch.ops.splitkern.patch_max_pool2d(images, *window)[1])
         call = operation.call if operation.out_call is None or device.type == "cpu" else operation.out_call
 
         def run() -> None:
@@ -273,6 +282,7 @@ def capture(
     targets: Tensor | Sequence[Any] = (),
     outputs: bool = False,
     given_gradients: bool = False,
+    device_type: str | None = None,
     name: str = "",
 ) -> CapturedStep:
     """Capture one training step of a model, split or not: forward, loss, and the gradients of its parameters.
@@ -290,6 +300,8 @@ def capture(
         outputs: whether the step also returns what the model returns.
         given_gradients: the loss is somebody else's: the step returns what the model returns, and its backward pass
             begins from the gradients of that, which are further inputs. Not with ``loss`` and ``targets``.
+        device_type: "cpu" or "cuda": where the operations will run, which decides what is rewritten to the package's
+            own; the device of the inputs unless given. A plan for a GPU can be made without one.
         name: of the graph; the model's class unless given.
 
     Returns:
@@ -314,13 +326,15 @@ def capture(
         raise TypeError(f"loss must be a function of the model's output and the targets, got {type(loss).__name__}")
     if given_gradients and (loss is not None or extra):
         raise ValueError("given_gradients must not come with loss or targets: the loss is not part of such a step")
+    if device_type not in (None, "cpu", "cuda"):
+        raise ValueError(f"device_type must be 'cpu', 'cuda' or None, got {device_type!r}")
     modules = _modules(model, loss)
     _require_capturable(modules)
     with ExitStack() as stack:
         stack.enter_context(_without_recomputation(model))
         stack.enter_context(_unchanged(modules))
         stack.enter_context(_fresh_autocast_cache())
-        capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients)
+        capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients, device_type)
         return capturing.run(name or type(model).__name__)
 
 
@@ -352,6 +366,10 @@ _HOOKS = (
 
 def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                full = f"{path}.{key}" if path else key
+                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise CaptureError(
                 f"{_where(path, module)} has forward or backward hooks, which a captured step would not run; "
@@ -363,8 +381,6 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             full = f"{path}.{key}" if path else key
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
-            if is_lazy(tensor):
-                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
     forward = split_forward_of(modules[""])
@@ -445,16 +461,19 @@ class _Capture:
         targets: tuple[Any, ...],
         outputs: bool,
         given_gradients: bool,
+        device_type: str | None,
     ) -> None:
         self.model, self.modules, self.loss = model, modules, loss
         self.arguments, self.targets = arguments, targets
         self.wants_outputs, self.given_gradients = outputs or given_gradients, given_gradients
+        self.device_type = device_type
         self.fake_mode = FakeTensorMode(static_shapes=True)
         self.recorder = Recorder(self.fake_mode)
         names: dict[int, str] = {}
         for path, module in modules.items():
             names.setdefault(id(module), path)
         self.labels = Labels(self.recorder, names)
+        self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
 
@@ -469,10 +488,9 @@ class _Capture:
             unique.setdefault(id(tensor), (path, tensor))
         leaves = [tensor for _, tensor in unique.values()]
         try:
-            with self.fake_mode, self.recorder, torch.enable_grad():
-                with self.labels.forward():
-                    result = self.model(*arguments)
-                    roots = [result] if self.loss is None else [self._loss(result, targets)]
+            with self.fake_mode, self.recorder, torch.enable_grad(), self.labels.forward():
+                result = self.model(*arguments)
+                roots = [result] if self.loss is None else [self._loss(result, targets)]
             if self.given_gradients:
                 roots = self._differentiable(result)
                 given: tuple[Any, ...] | None = self._fake_gradients(roots)
@@ -480,6 +498,7 @@ class _Capture:
                 self._require_loss(roots[0])
                 given = None
             with self.fake_mode, self.recorder, torch.enable_grad():
+                self.phase = "backward"
                 with self.labels.backward([root.grad_fn for root in roots]):
                     found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
                 self.recorder.label = Label()
@@ -489,6 +508,10 @@ class _Capture:
         except Exception as error:
             raise self._error(error) from error
         boxes = self.recorder.box
+        everything, structure = tree_flatten(result)
+        if self.given_gradients and not all(isinstance(leaf, Tensor) for leaf in everything):
+            came = next(type(leaf).__name__ for leaf in everything if not isinstance(leaf, Tensor))
+            raise CaptureError(f"the model must return tensors only, however nested, got a {came} among them")
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] if self.wants_outputs else []
         return _Assembly(
             self.recorder,
@@ -501,7 +524,13 @@ class _Capture:
             },
             parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
             inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
-        ).step(name, self._device())
+            device=self._device(),
+            device_type=self.device_type or self._device().type,
+        ).step(
+            name,
+            differentiable=tuple(i for i, leaf in enumerate(returned) if leaf.grad_fn is not None),
+            structure=structure if self.wants_outputs else None,
+        )
 
     def _device(self) -> torch.device:
         for tensor in (*self.inputs.values(), *self.parameters.values()):
@@ -600,14 +629,13 @@ class _Capture:
         module = self.modules.get(label.module)
         where = _where(label.module, module) if module is not None else repr(label.module)
         what = f"{operator} in {where}" if operator else where
-        phase = "backward" if self.recorder.is_backward else "forward"
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
         elif isinstance(error, UnsupportedOperatorException):
             reason = "the operator has no shape rule (register_fake)"
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return CaptureError(f"cannot capture {what} ({phase}): {reason}")
+        return CaptureError(f"cannot capture {what} ({self.phase}): {reason}")
 
 
 class _Assembly:
@@ -622,7 +650,10 @@ class _Assembly:
         gradients: Mapping[str, Box],
         parameters: Mapping[str, Box],
         inputs: Mapping[str, Box],
+        device: torch.device,
+        device_type: str,
     ) -> None:
+        self.device, self.device_type = device, device_type
         self.storages: list[RecordedStorage] = recorder.storages
         self.loss, self.outputs = loss, outputs
         self.gradients, self.parameters, self.inputs = gradients, parameters, inputs
@@ -636,7 +667,7 @@ class _Assembly:
             for operation in recorder.operations
             for part in rewrite.split_convolution_backward(operation)
         ]
-        operations = rewrite.replace_max_pools(operations, self.storages)
+        operations = rewrite.replace_max_pools(operations, self.storages, device_type)
         self.recorded = rewrite.write_joins(operations, self.storages)
         self.boxes: dict[Box, int] = {}
         self.kept: dict[int, int] = {}
@@ -644,7 +675,7 @@ class _Assembly:
         self.captured_storages: list[CapturedStorage] = []
         self.tensors: list[CapturedTensor] = []
 
-    def step(self, name: str, device: torch.device) -> CapturedStep:
+    def step(self, name: str, **returned: Any) -> CapturedStep:
         for box in (*self.parameters.values(), *self.inputs.values()):
             self._tensor(box, "")
         operations = [self._operation(operation) for operation in self.recorded]
@@ -666,7 +697,8 @@ class _Assembly:
             tensors=tuple(self.tensors),
             operations=tuple(operations),
             constants=constants,
-            device=device,
+            device=self.device,
+            **returned,
             **places,
         )
 
@@ -732,5 +764,5 @@ class _Assembly:
             flop=rewrite.flop_of(recorded, target),
             bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
             call=rewrite.original_call(recorded),
-            out_call=rewrite.out_call(recorded),
+            out_call=rewrite.out_call(recorded, self.device_type),
         )

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitkern.memory.capture import CapturedStep, CapturedTensor
-from splitkern.memory.rewrite import run_call
+from splitkern.memory.capture import CapturedOperation, CapturedStep, CapturedTensor
+from splitkern.memory.rewrite import is_pointwise, run_call
 
 _POISON = 0xFF  # every floating-point type reads this pattern as NaN
 
@@ -112,6 +112,8 @@ def _run(step: CapturedStep, memory: _Memory, index: int, out_calls: bool, check
         captured = step.tensors[operation.writes[place]]
         if tuple(value.shape) != captured.sizes:
             raise RuntimeError(f"{operation.name}: captured with sizes {captured.sizes}, got {tuple(value.shape)}")
+        if value.dtype != captured.dtype and not _casts(operation):
+            raise RuntimeError(f"{operation.name}: captured as {captured.dtype}, got {value.dtype}")
         if check_strides and not operation.mutates and not _same_layout(value, captured, memory):
             raise RuntimeError(
                 f"{operation.name}: captured with strides {captured.strides}, got {value.stride()} "
@@ -119,6 +121,11 @@ def _run(step: CapturedStep, memory: _Memory, index: int, out_calls: bool, check
             )
         writes[place].copy_(value)
     memory.release(index)
+
+
+def _casts(operation: CapturedOperation) -> bool:
+    """Whether the result is cast on its way: an in-place operator keeps the type of what it updates."""
+    return bool(operation.mutates) or is_pointwise(operation.call.overload)
 
 
 def _same_layout(value: Tensor, captured: CapturedTensor, memory: _Memory) -> bool:

@@ -62,7 +62,7 @@ def plan_document(graph: _core.Graph) -> Document:
     return {
         "format": "splitkern.plan",
         "version": 1,
-        "graph_fingerprint": _core.fingerprint(graph),
+        "graph_fingerprint": graph.fingerprint,
         "strategy": "by hand",
         "limits": {
             "device_bytes": 6 * BYTES,

@@ -61,16 +61,6 @@ ByteBox as_set(ByteBox box) {
   return box;
 }
 
-// No two positions of the box are the same byte: each stride clears what lies inside it.
-bool is_nested(const ByteBox& box) {
-  int64_t inside = 1;
-  for (auto dim = box.dims.rbegin(); dim != box.dims.rend(); ++dim) {
-    if (dim->stride < inside) return false;
-    inside += dim->stride * (dim->size - 1);
-  }
-  return true;
-}
-
 struct Range {
   int64_t begin = 0;
   int64_t end = 0;
@@ -83,7 +73,6 @@ class Digits {
   explicit Digits(const std::vector<ByteBox>& boxes) {
     weights_ = {1};
     for (const ByteBox& box : boxes) {
-      if (!is_nested(box)) continue;
       for (const Dim& dim : box.dims) weights_.push_back(dim.stride);
     }
     std::ranges::sort(weights_);
@@ -99,9 +88,8 @@ class Digits {
 
   void decompose(const ByteBox& box, std::vector<Rectangle>& out) const {
     if (box.is_empty) return;
-    const bool fits = is_nested(box) && std::ranges::all_of(box.dims, [&](const Dim& dim) {
-                        return std::ranges::binary_search(weights_, dim.stride);
-                      });
+    const bool fits =
+        std::ranges::all_of(box.dims, [&](const Dim& dim) { return std::ranges::binary_search(weights_, dim.stride); });
     if (fits) {
       split(box, out);
     } else {
@@ -131,8 +119,9 @@ class Digits {
     carry(std::move(ranges), 0, out);
   }
 
-  // Cuts a range that passes its digit's radix into at most three: the rest of the first turn, whole turns, the last.
-  // Whole turns are many only where the next digit has no dimension of its own: the box is nested.
+  // The addresses are all sums of one multiple of each weight, each from its range. Cuts a range that passes its
+  // digit's radix into at most three: the rest of the first turn, whole turns, the last; what is turned over is added
+  // to the next digit's range, and the sum of two ranges is a range, also where positions of the box coincide.
   void carry(Rectangle ranges, size_t k, std::vector<Rectangle>& out) const {
     for (; k + 1 < count(); ++k) {
       const int64_t radix = weights_[k + 1] / weights_[k];
@@ -243,7 +232,7 @@ Atoms cut_into_atoms(const std::vector<const Tensor*>& tensors) {
 
   // Class 0: in no box so far. Cells of one class were in the same boxes so far.
   std::vector<int32_t> class_of(cells, 0);
-  std::vector<int32_t> last_box(cells, -1);  // rectangles of one box may overlap where the box is not nested
+  std::vector<int32_t> last_box(cells, -1);  // rectangles of one box may overlap
   int32_t classes = 1;
   int64_t visited = 0;
   for (size_t b = 0; b < boxes.size(); ++b) {

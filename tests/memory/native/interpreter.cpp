@@ -91,6 +91,9 @@ class Judge {
 
   // ---- the graph -------------------------------------------------------------------------------------------------
 
+  // Two sums of the same operands are different values, as two convolutions are: a plan must not mix them up.
+  static Byte salt(int32_t sum) { return random_numbers::mix(~static_cast<uint64_t>(sum)); }
+
   // What the operation writes, given all that it reads. `run` counts runs of a random operation.
   std::vector<Bytes> results(int32_t o, const std::vector<Bytes>& read, uint64_t run) const {
     const Operation& operation = graph_.operations[o];
@@ -102,7 +105,7 @@ class Judge {
     for (size_t w = 0; w < operation.writes.size(); ++w) {
       Bytes bytes;
       for (size_t k = 0; k < addresses_[operation.writes[w]].size(); ++k)
-        bytes.push_back(operation.is_sum ? read[0].at(k) + read[1].at(k)
+        bytes.push_back(operation.is_sum ? read[0].at(k) + read[1].at(k) + salt(o)
                                          : random_numbers::mix(digest + w * 1000003 + k));
       out.push_back(bytes);
     }
@@ -637,7 +640,7 @@ class Judge {
         const Bytes old = load(write_places_[i][w], tensor);
         demand(old == expected_[add->second.first][add->second.second],
                "instance " + std::to_string(i) + " adds to a wrong value");
-        for (size_t k = 0; k < old.size(); ++k) out[w][k] += old[k];
+        for (size_t k = 0; k < old.size(); ++k) out[w][k] += old[k] + salt(add->second.first);
       }
     }
     for (size_t w = 0; w < out.size(); ++w) {

@@ -26,7 +26,7 @@ class GraphMaker {
     const int64_t parameters = random_.between(0, 2);
     for (int64_t i = 0; i < parameters; ++i) readable_.push_back(whole(add_storage(StorageKind::kParameter)));
     readable_.push_back(whole(add_storage(StorageKind::kInput)));
-    const int64_t operations = random_.between(2, 14);
+    const int64_t operations = random_.chance(0.05) ? random_.between(15, 40) : random_.between(2, 14);
     while (std::ssize(graph_.operations) < operations) add_something();
     for (Storage& storage : graph_.storages) {
       if (storage.kind == StorageKind::kActivation) storage.is_output = random_.chance(0.12);
@@ -509,7 +509,7 @@ class PlanMaker {
         const int32_t out = static_cast<int32_t>(random_.between(from + 1, to - 2));
         const int32_t out_wait = static_cast<int32_t>(random_.between(out + 1, to - 1));
         int32_t in = static_cast<int32_t>(random_.between(out_wait, to - 1));
-        const bool early = random_.chance(0.2);  // begins while the offload may still run
+        const bool early = random_.chance(0.35);  // begins while the offload may still run
         if (early) in = static_cast<int32_t>(random_.between(out, to - 1));
         const int32_t in_wait = static_cast<int32_t>(random_.between(in + 1, to));
         plan_.residencies[current].end = std::max(out_wait, std::min(in, out_wait));
@@ -518,7 +518,7 @@ class PlanMaker {
         offload = add_copy(CopyKind::kOffload, p, current, on_host, out, out_wait);
         const int32_t prefetch = add_copy(CopyKind::kPrefetch, p, on_host, fetched, in, in_wait);
         if (in < out_wait || random_.chance(0.3)) {
-          if (!careless()) after_[prefetch] = offload;
+          if (!careless() && !random_.chance(0.05)) after_[prefetch] = offload;
         }
         current = fetched;
       }
@@ -658,7 +658,7 @@ std::string mutate_once(const Graph& graph, Plan& plan, Random& random) {
   Copy* copy = some(plan.copies, random);
   const auto index = copy == nullptr ? -1 : static_cast<int32_t>(copy - plan.copies.data());
   const auto nearby = [&](int32_t boundary) { return boundary + static_cast<int32_t>(random.between(-2, 2)); };
-  switch (random.below(30)) {
+  switch (random.below(31)) {
     case 0:
       if (residency == nullptr) return "";
       residency->offset_bytes += alignment * random.between(-3, 3);
@@ -863,6 +863,18 @@ std::string mutate_once(const Graph& graph, Plan& plan, Random& random) {
           plan.predicted.step_us = -1;
           return "a negative time";
       }
+    case 29: {  // the same bytes copied once more, perhaps while they are on their way elsewhere
+      if (copy == nullptr) return "";
+      Copy again = *copy;
+      again.after.clear();
+      again.issue = std::clamp(nearby(again.issue), 0, last - 1);
+      again.wait = static_cast<int32_t>(random.between(again.issue + 1, std::max(again.issue + 1, again.wait)));
+      const auto added = static_cast<int32_t>(plan.copies.size());
+      plan.boundaries[again.issue].issues.push_back(added);
+      plan.boundaries[again.wait].waits.push_back(added);
+      plan.copies.push_back(again);
+      return "a copy doubled";
+    }
     default: {  // a residency cut in two: what it holds is lost in the middle
       if (residency == nullptr || residency->end - residency->begin < 2) return "";
       Residency second = *residency;

@@ -480,6 +480,14 @@ CHECK_NAMED(validator_execution, "validator: refuses wrong timing and wrong valu
                        [](Plan& p) { p.copies[1].after.clear(); },
                        Reason::kBeforeArrival,
                        {"copy 1", "reads", "copy 0"}},
+                      {"an offload over what is being fetched",
+                       [](Plan& p) {
+                         p.copies.push_back({CopyKind::kOffload, kPA, kRA1, kRAHost, 2, 3, {}});
+                         p.boundaries[2].issues = {1, 2};
+                         p.boundaries[3].waits = {0, 2};
+                       },
+                       Reason::kBeforeDeparture,
+                       {"copy 2", "writes", "copy 1", "reading"}},
                       {"the offload's wait later, its source's bytes kept",
                        [](Plan& p) {
                          set_wait(p, 0, 5);
@@ -501,6 +509,13 @@ CHECK_NAMED(validator_redundant, "validator: accepts what only looks wrong, as t
   random_plans::predict(plan);
   validate(graph, plan);
   check::require(interpreter::judge(graph, plan, 1).is_valid, "the judge refuses it");
+  // Fetched twice: the second copy is behind the first in its stream, and so behind the offload too.
+  plan = early_plan(graph);
+  plan.copies.push_back({CopyKind::kPrefetch, kPA, kRAHost, kRA2, 2, 5, {}});
+  plan.boundaries[2].issues = {1, 2};
+  plan.boundaries[5].waits = {1, 2};
+  validate(graph, plan);
+  check::require(interpreter::judge(graph, plan, 1).is_valid, "the judge refuses the second prefetch");
   // An `after` that a wait makes superfluous.
   plan = full_plan(graph);
   plan.copies[1].after = {0};
@@ -540,6 +555,30 @@ CHECK_NAMED(validator_reports, "validator: what an InvalidPlan says, and how man
   Graph broken = graph;
   broken.operations[0].reads[0] = 99;
   check::refuses([&] { find_violations(broken, plan); }, {"99"});
+}
+
+CHECK_NAMED(validator_two_results, "validator: two results of one instance must not lie on each other") {
+  Graph graph;
+  graph.storages = {{"kept", 16, StorageKind::kActivation, true}, {"unused", 16, StorageKind::kActivation, false}};
+  graph.tensors = {{"kept", 0, 0, {16}, {1}, 1}, {"unused", 1, 0, {16}, {1}, 1}};
+  Operation operation;
+  operation.name = operation.target = "op";
+  operation.writes = {1, 0};  // the last one stays, if an operation writes one after the other
+  graph.operations = {operation};
+  Plan plan;
+  plan.graph_fingerprint = fingerprint(graph);
+  plan.limits.alignment_bytes = 16;
+  plan.storages = {{16, {0, 1}}};
+  plan.instances = {{0, false, false}};
+  plan.boundaries.resize(2);
+  plan.residencies = {{0, Pool::kDevice, 0, 16, 0, 1}};
+  random_plans::predict(plan);
+  check::require(!interpreter::judge(graph, plan, 1).is_valid, "the judge accepts it");
+  check::require(find_violations(graph, plan).at(0).reason == Reason::kInplace, "reason");
+  plan.storages = {{16, {0}}, {16, {1}}};
+  plan.residencies.push_back({1, Pool::kDevice, 16, 16, 0, 1});
+  random_plans::predict(plan);
+  validate(graph, plan);
 }
 
 CHECK_NAMED(validator_uncovered, "validator: bytes of a parameter that no tensor names must stay") {
