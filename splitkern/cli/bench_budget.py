@@ -110,7 +110,9 @@ def _fill(args: argparse.Namespace, record: Any) -> None:
 
                 def planner(cells: tuple[int, int], network: str = network, machine: Any = machine) -> Planner:
                     until = args.until if cells != (1, 1) else None
-                    options = NetworkOptions(network, 1, args.image_size, cells, until, dtype=machine.dtype)
+                    options = NetworkOptions(
+                        network, 1, args.image_size, cells, until, dtype=machine.dtype, device_type="cuda"
+                    )
                     bar.set_description(f"capturing {network} {cells[0]}x{cells[1]}")
                     return Planner(ScalableStep.capture(options), machine, f"{network} {cells[0]}x{cells[1]}")
 
