@@ -86,7 +86,7 @@ test-newest: wheel $(NEWEST_VENV)/.set-up
 	$(NEWEST_VENV)/bin/pytest --import-mode=append --ignore=tests/host_execution --ignore=tests/memory/test_native.py -o cache_dir=.pytest_cache/newest \
 	    $(PYTEST_ARGS) $(TESTS)
 
-NATIVE_SOURCES = $(shell find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print)
+NATIVE_SOURCES = $(shell find csrc tests bench \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print)
 
 lint: $(VENV)/.set-up
 	$(VENV)/bin/ruff check .

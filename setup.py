@@ -111,7 +111,7 @@ def build_libraries(version: str) -> list[Path]:
 
 
 class CMakeBuild(build_ext):
-    """Builds the libraries and copies them to where setuptools wants them: the source tree (editable) or the wheel's."""
+    """Builds the libraries and copies them to the source tree (editable) or the wheel's tree."""
 
     def run(self) -> None:
         libraries = build_libraries(self.distribution.get_version())

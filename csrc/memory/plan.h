@@ -54,7 +54,7 @@ enum class CopyKind : uint8_t { kOffload, kPrefetch };  // device to host, host 
 struct Copy {
   CopyKind kind = CopyKind::kOffload;
   int32_t storage = 0;
-  int32_t source = 0;          // residencies
+  int32_t source = 0;  // residencies
   int32_t destination = 0;
   int32_t issue = 0;           // boundary
   int32_t wait = 0;            // boundary at which the compute stream waits for it
@@ -80,10 +80,10 @@ struct FusedSum {
 };
 
 struct Predicted {
-  double step_us = 0;      // with stalls
-  double compute_us = 0;   // the captured operations alone
+  double step_us = 0;       // with stalls
+  double compute_us = 0;    // the captured operations alone
   double recompute_us = 0;  // recomputations
-  double stall_us = 0;     // the compute stream waits for copies
+  double stall_us = 0;      // the compute stream waits for copies
   // Highest end of an occupied address.
   int64_t device_peak_bytes = 0;
   int64_t parameters_peak_bytes = 0;
