@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/value_types.h"
+#include "memory/copy_pipeline.h"
 #include "memory/errors.h"
 #include "memory/pool.h"
 #include "memory/validator.h"
@@ -26,6 +27,8 @@ PyObject* parse_error = nullptr;
 PyObject* infeasible = nullptr;
 PyObject* invalid_plan = nullptr;
 PyObject* out_of_memory = nullptr;
+PyObject* copy_failed = nullptr;
+PyObject* step_aborted = nullptr;
 
 py::object make(PyObject* type, const std::exception& error) {
   return py::handle(type)(error.what());
@@ -54,6 +57,15 @@ void translate(std::exception_ptr pointer) {
     made.attr("limit_bytes") = error.limit_bytes;
     made.attr("largest_free_bytes") = error.largest_free_bytes;
     PyErr_SetObject(out_of_memory, made.ptr());
+  } catch (const CopyFailed& error) {
+    const py::object made = make(copy_failed, error);
+    made.attr("kind") = error.kind;
+    made.attr("copy") = error.copy;
+    made.attr("storage") = error.storage;
+    made.attr("size_bytes") = error.size_bytes;
+    PyErr_SetObject(copy_failed, made.ptr());
+  } catch (const StepAborted& error) {
+    PyErr_SetString(step_aborted, error.what());
   } catch (const InvalidPlan& error) {
     const py::object made = make(invalid_plan, error);
     made.attr("reason") = std::string(to_string(error.reason));
@@ -82,6 +94,10 @@ PYBIND11_MODULE(_core, module) {
       new_exception(module, "OutOfMemory", PyExc_MemoryError,
                     "A pool cannot give what was asked for: `asked_bytes`, `current_bytes`, `upstream_bytes`, "
                     "`limit_bytes`, `largest_free_bytes`.");
+  copy_failed = new_exception(module, "CopyFailed", PyExc_RuntimeError,
+                              "An offload or prefetch did not arrive, or arrived changed: `kind`, `copy`, `storage`, "
+                              "`size_bytes`. The pipeline is ready for the next step.");
+  step_aborted = new_exception(module, "StepAborted", PyExc_RuntimeError, "`abort` ended the step.");
   py::register_local_exception_translator(&translate);
 
   using namespace splitkern::bindings;
@@ -90,4 +106,5 @@ PYBIND11_MODULE(_core, module) {
   define_planning(module);
   define_placement(module);
   define_pool(module);
+  define_pipeline(module);
 }

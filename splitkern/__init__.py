@@ -7,19 +7,24 @@
 from splitkern import geometry, ops, reference
 from splitkern._library import BuildInfo, build_info
 from splitkern._version import __version__
+from splitkern.memory.compile import BudgetError, CompiledPlan, compile, uncompile_
 from splitkern.split import SplitReport, check, config_of, disabled, split_, unsplit_
 
 __all__ = [
+    "BudgetError",
     "BuildInfo",
+    "CompiledPlan",
     "SplitReport",
     "__version__",
     "build_info",
     "check",
+    "compile",
     "config_of",
     "disabled",
     "geometry",
     "ops",
     "reference",
     "split_",
+    "uncompile_",
     "unsplit_",
 ]

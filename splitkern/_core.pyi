@@ -28,6 +28,14 @@ class OutOfMemory(MemoryError):
     limit_bytes: int
     largest_free_bytes: int
 
+class CopyFailed(RuntimeError):
+    kind: CopyKind
+    copy: int
+    storage: int
+    size_bytes: int
+
+class StepAborted(RuntimeError): ...
+
 class StorageKind(enum.Enum):
     ACTIVATION = ...
     GRADIENT = ...
@@ -613,6 +621,73 @@ class Pool:
     @property
     def statistics(self) -> PoolStatistics: ...
 
+class CopyStatistics:
+    def __init__(
+        self,
+        *,
+        steps: int = 0,
+        offloads: int = 0,
+        offload_chunks: int = 0,
+        offloaded_bytes: int = 0,
+        prefetches: int = 0,
+        prefetch_chunks: int = 0,
+        prefetched_bytes: int = 0,
+        host_wait_us: float = 0.0,
+    ) -> None: ...
+    @property
+    def host_wait_us(self) -> float: ...
+    @property
+    def offload_chunks(self) -> int: ...
+    @property
+    def offloaded_bytes(self) -> int: ...
+    @property
+    def offloads(self) -> int: ...
+    @property
+    def prefetch_chunks(self) -> int: ...
+    @property
+    def prefetched_bytes(self) -> int: ...
+    @property
+    def prefetches(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+class CopyPipeline:
+    @staticmethod
+    def on_cuda(
+        plan: Plan,
+        *,
+        device: int,
+        device_bytes: int,
+        host: int,
+        host_bytes: int,
+        device_index: int,
+        compute_stream: int,
+        chunk_bytes: int = 16777216,
+        max_in_flight: int = 2,
+        checksums: bool = False,
+        poison: bool = False,
+    ) -> CopyPipeline: ...
+    @staticmethod
+    def on_host(
+        plan: Plan,
+        *,
+        device: int,
+        device_bytes: int,
+        host: int,
+        host_bytes: int,
+        chunk_bytes: int = 16777216,
+        max_in_flight: int = 2,
+        checksums: bool = False,
+        poison: bool = False,
+        seed: int = 0,
+        max_delay_us: int = 0,
+    ) -> CopyPipeline: ...
+    def abort(self) -> None: ...
+    def at_boundary(self, boundary: int) -> None: ...
+    def synchronize(self) -> None: ...
+    @property
+    def statistics(self) -> CopyStatistics: ...
+
 def assign_storages(
     graph: Graph, *, inplace: bool = True, sums: bool = True, accumulation: bool = True
 ) -> StorageAssignment: ...
@@ -641,7 +716,7 @@ def plan(
     limits: Limits,
     *,
     strategy: str = "default",
-    search_effort: int = 300,
+    search_effort: int = 1000,
     placement_effort: int = 1000000,
 ) -> Plan: ...
 def read_minimalloc_csv(text: str) -> MinimallocCsv: ...

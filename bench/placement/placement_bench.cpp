@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -27,42 +28,50 @@ struct Options {
   int repeat = 3;
 };
 
+struct Times {
+  double wall_ms, cpu_ms;
+};
+
+// Medians; everything measured runs in this one thread.
 template <class Body>
-double median_ms(int repeat, Body body) {
-  std::vector<double> times;
+Times times_of(int repeat, Body body) {
+  std::vector<double> wall, cpu;
   for (int k = 0; k < repeat; ++k) {
     const auto begin = std::chrono::steady_clock::now();
+    const std::clock_t cpu_begin = std::clock();
     body();
-    times.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
+    cpu.push_back(1e3 * static_cast<double>(std::clock() - cpu_begin) / CLOCKS_PER_SEC);
+    wall.push_back(std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
   }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  std::sort(wall.begin(), wall.end());
+  std::sort(cpu.begin(), cpu.end());
+  return {wall[wall.size() / 2], cpu[cpu.size() / 2]};
 }
 
 void row(const std::string& name, const std::vector<Buffer>& buffers, Options options) {
-  constexpr int64_t kBaselineWork = 200'000'000;
+  constexpr int64_t kBaselineWork = 20'000'000;
   Placement placement;
-  const double place_ms = median_ms(options.repeat, [&] { placement = place(buffers, options.placement); });
+  const Times place_times = times_of(options.repeat, [&] { placement = place(buffers, options.placement); });
   const placement::Problem problem = placement::make_problem(buffers, options.placement.alignment_bytes);
   const auto ratio = [&](int64_t peak) {
     return problem.lower_bound == 0 ? 1.0 : static_cast<double>(peak) / static_cast<double>(problem.lower_bound);
   };
   int64_t first_fit = 0, by_size = 0;
-  const double first_fit_ms =
-      median_ms(1, [&] { first_fit = placement::peak_of(problem, placement::first_fit_by_begin(problem)); });
-  const double by_size_ms = median_ms(1, [&] {
+  const Times first_fit_times =
+      times_of(1, [&] { first_fit = placement::peak_of(problem, placement::first_fit_by_begin(problem)); });
+  const Times by_size_times = times_of(1, [&] {
     const auto offsets = placement::first_fit_in_order(
         problem, placement::sorted_positions(problem.size, /*descending=*/true), kBaselineWork);
     if (offsets) by_size = placement::peak_of(problem, *offsets);
   });
-  std::printf("%-34s %8zu %16lld %16lld %8.4f %9.2f | %7.4f %8.2f |", name.c_str(), buffers.size(),
+  std::printf("%-34s %8zu %16lld %16lld %8.4f %9.2f %9.2f | %7.4f %8.2f |", name.c_str(), buffers.size(),
               static_cast<long long>(placement.lower_bound_bytes), static_cast<long long>(placement.peak_bytes),
               placement.lower_bound_bytes == 0
                   ? 1.0
                   : static_cast<double>(placement.peak_bytes) / static_cast<double>(placement.lower_bound_bytes),
-              place_ms, ratio(first_fit), first_fit_ms);
+              place_times.wall_ms, place_times.cpu_ms, ratio(first_fit), first_fit_times.cpu_ms);
   if (by_size > 0) {
-    std::printf(" %7.4f %8.2f\n", ratio(by_size), by_size_ms);
+    std::printf(" %7.4f %8.2f\n", ratio(by_size), by_size_times.cpu_ms);
   } else {
     std::printf("       -        -\n");
   }

@@ -113,5 +113,6 @@ void define_plan(py::module_& module);
 void define_planning(py::module_& module);
 void define_placement(py::module_& module);
 void define_pool(py::module_& module);
+void define_pipeline(py::module_& module);
 
 }  // namespace splitkern::bindings

@@ -18,7 +18,7 @@ namespace {
 // all.
 constexpr int kTightenings = 3;
 constexpr int kRounds = 3;
-constexpr int kHostBisections = 24;
+constexpr int kHostBisections = 12;
 
 int64_t minus(int64_t budget, int64_t bytes) {
   return budget == kUnlimited ? kUnlimited : budget - bytes;
@@ -90,8 +90,8 @@ class Planner {
         int64_t device_more = 0;
         int64_t host_more = 0;
         std::optional<Plan> found = place_within(proposal, device_bytes, limits.host_bytes, device_more, host_more);
-        if (!found || found->predicted.step_us > proposal.step_us) lost_us_ = std::min(lost_us_, proposal.step_us);
         if (!found) {
+          lost_us_ = std::min(lost_us_, proposal.step_us);
           device_excess = std::min(device_excess, device_more);
           host_excess = std::min(host_excess, host_more);
         }
@@ -129,15 +129,23 @@ class Planner {
   }
 
   // The plan with the least device bytes under the host budget; whether it fits the device is for the caller to see.
+  // The default's is the least of all strategies'.
   std::optional<Plan> least(const Strategy& strategy, const Limits& limits) {
-    const Proposal proposal =
-        strategy.least(problem(limits, minus(limits.device_bytes, live_.resident_bytes)), scheduler_);
-    const Schedule& schedule =
-        scheduler_.run(proposal.decisions, proposal.policy, proposal.least_live_bytes, kUnlimited);
-    if (!schedule.feasible) return std::nullopt;
-    Plan result = make(schedule);
-    if (result.predicted.host_peak_bytes > limits.host_bytes) return std::nullopt;
-    return result;
+    const bool is_default = strategy.name == strategies().front().name;
+    std::optional<Plan> best;
+    for (const Strategy& candidate : strategies()) {
+      if (!is_default && candidate.name != strategy.name) continue;
+      const Proposal proposal =
+          candidate.least(problem(limits, minus(limits.device_bytes, live_.resident_bytes)), scheduler_);
+      if (is_default && best && proposal.least_live_bytes >= best->predicted.device_peak_bytes) continue;
+      const Schedule& schedule =
+          scheduler_.run(proposal.decisions, proposal.policy, proposal.least_live_bytes, kUnlimited);
+      if (!schedule.feasible) continue;
+      Plan plan = make(schedule);
+      if (plan.predicted.host_peak_bytes > limits.host_bytes) continue;
+      if (!best || device_bytes_of(plan) < device_bytes_of(*best)) best = std::move(plan);
+    }
+    return best;
   }
 
   [[noreturn]] void refuse(const Strategy& strategy) {

@@ -22,7 +22,7 @@ struct PlanOptions {
   std::string strategy = "default";
   // The search of "default" and "recompute": about how often all operations may be scheduled. Time-free: the same
   // arguments give the same plan everywhere.
-  int64_t search_effort = 300;
+  int64_t search_effort = 1000;
   int64_t placement_effort = kDefaultEffort;
 };
 

@@ -63,9 +63,11 @@ class OutOfMemory : public std::runtime_error {
 };
 
 struct PoolOptions {
-  int64_t limit_bytes = kUnlimited;         // of what is held from the upstream at any time
-  int64_t block_bytes = int64_t{32} << 20;  // least size of a new block for dynamic allocations, if the limit allows it
-  int64_t alignment_bytes = 512;            // of every address and size; a power of two
+  int64_t limit_bytes = kUnlimited;  // of what is held from the upstream at any time
+  // Least size of a new block for dynamic allocations, if the limit allows it. An arena gets a block of its own size
+  // where no free run is long enough: reserve arenas first, before dynamic allocations break the room up.
+  int64_t block_bytes = int64_t{32} << 20;
+  int64_t alignment_bytes = 512;  // of every address and size; a power of two
   // How streams are ordered. None: the CPU alone uses the memory, what is freed is free.
   std::shared_ptr<StreamEvents> events = nullptr;
   // Keeps the tags of allocations, and makes the end of the pool report what was never freed.

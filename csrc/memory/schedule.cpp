@@ -177,6 +177,11 @@ class Scheduler::State {
     return high;
   }
 
+  bool would_be_absent(int32_t storage, int32_t instance) const {
+    const auto [leaves, returns] = absence(storage);
+    return leaves <= instance && instance < returns;
+  }
+
   int64_t work() const { return work_; }
 
  private:
@@ -631,6 +636,9 @@ const Schedule& Scheduler::measure(std::span<const Decision> decisions) {
 int32_t Scheduler::offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order,
                                    int64_t device_bytes) {
   return state_->offloads_needed(decisions, order, device_bytes);
+}
+bool Scheduler::would_be_absent(int32_t storage, int32_t instance) const {
+  return state_->would_be_absent(storage, instance);
 }
 int64_t Scheduler::work() const {
   return state_->work();

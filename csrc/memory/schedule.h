@@ -94,6 +94,10 @@ class Scheduler {
   // the decisions without them is in `least_device_bytes`.
   int32_t offloads_needed(std::span<const Decision> decisions, std::span<const int32_t> order, int64_t device_bytes);
 
+  // Whether a storage that is kept under the decisions of the last call would be off the device at that instance if it
+  // were offloaded or computed again.
+  bool would_be_absent(int32_t storage, int32_t instance) const;
+
   // Instances that all calls so far have scheduled.
   int64_t work() const;
 

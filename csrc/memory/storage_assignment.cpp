@@ -18,20 +18,21 @@ class Assigner {
       for (const int32_t tensor : graph.operations[i].reads) {
         Use& use = uses_[graph.tensors[tensor].storage];
         use.first = use.first == kNone ? index : use.first;
-        use.last = index;
         use.previous_read = use.last_read == index ? use.previous_read : use.last_read;
         use.last_read = index;
       }
       for (const int32_t tensor : graph.operations[i].writes) {
         Use& use = uses_[graph.tensors[tensor].storage];
         use.first = use.first == kNone ? index : use.first;
-        use.last = index;
         use.first_write = use.first_write == kNone ? index : use.first_write;
         use.last_write = index;
       }
     }
     // From a fused sum on, its result is there since the producer ran.
-    for (Use& use : uses_) use.ready = use.last_write;
+    for (Use& use : uses_) {
+      use.ready = use.last_write;
+      use.since = use.first_write;
+    }
   }
 
   StorageAssignment assign() {
@@ -45,12 +46,12 @@ class Assigner {
  private:
   struct Use {
     int32_t first = kNone;  // operations
-    int32_t last = kNone;
     int32_t first_write = kNone;
     int32_t last_write = kNone;
     int32_t last_read = kNone;
     int32_t previous_read = kNone;  // the reading operation before the last
     int32_t ready = kNone;          // from this operation on it holds its last value
+    int32_t since = kNone;          // when its place was first written, by itself or by those before it
     int32_t before = kNone;         // storages: whose place it takes
     int32_t after = kNone;          // and which takes its
   };
@@ -64,7 +65,7 @@ class Assigner {
     const Storage& value = graph_.storages[storage];
     const Use& use = uses_[storage];
     return value.kind == StorageKind::kActivation && !value.is_output && value.size_bytes > 0 && use.after == kNone &&
-           use.last == operation && use.last_read == operation && use.last_write < operation;
+           use.last_read == operation && use.last_write < operation;
   }
   bool begins_at(int32_t storage, int32_t operation) const {
     return uses_[storage].before == kNone && uses_[storage].first == operation &&
@@ -73,6 +74,7 @@ class Assigner {
   void join(int32_t before, int32_t after) {
     uses_[before].after = after;
     uses_[after].before = before;
+    uses_[after].since = uses_[before].since;
   }
 
   // The sum is not run where the producer of one operand can add to the other.
@@ -84,7 +86,7 @@ class Assigner {
     for (int32_t side = 0; side < 2; ++side) {
       const int32_t product = storage_of(sum.reads[side]);
       const int32_t other = storage_of(sum.reads[1 - side]);
-      if (product == other || !dies_at(product, index) || !dies_at(other, index)) continue;
+      if (!dies_at(product, index) || !dies_at(other, index)) continue;
       if (!same_elements(graph_.tensors[sum.reads[0]], graph_.tensors[sum.writes[0]]) ||
           !same_elements(graph_.tensors[sum.reads[1]], graph_.tensors[sum.writes[0]]))
         continue;
@@ -95,8 +97,8 @@ class Assigner {
       const Use& use = uses_[product];
       const int32_t producer = use.first;
       if (use.first_write != producer || use.last_write != producer || use.previous_read != kNone ||
-          use.before != kNone || uses_[other].ready >= producer || uses_[other].previous_read >= producer ||
-          takes_part_[producer] || !can_accumulate(producer, sum.reads[side]))
+          uses_[other].ready >= producer || uses_[other].previous_read >= producer || takes_part_[producer] ||
+          !can_accumulate(producer, sum.reads[side]))
         continue;
       join(other, product);
       join(product, result);
@@ -120,12 +122,12 @@ class Assigner {
     if (!(operation.is_sum ? options_.sums : options_.inplace)) return;
     for (size_t write = 0; write < operation.writes.size(); ++write) {
       const int32_t result = storage_of(operation.writes[write]);
-      // Of several operands that die here the one that was written first: a chain of sums stays in one place.
+      // Of several operands that die here the one whose place is the oldest: a chain of sums stays in one place.
       int32_t best = kNone;
       for (const InplacePair pair : operation.inplace) {
         if (pair.write != static_cast<int32_t>(write) || !fits(index, pair)) continue;
         const int32_t storage = storage_of(operation.reads[pair.read]);
-        if (best == kNone || uses_[storage].first_write < uses_[best].first_write) best = storage;
+        if (best == kNone || uses_[storage].since < uses_[best].since) best = storage;
       }
       if (best != kNone && begins_at(result, index)) join(best, result);
     }

@@ -111,7 +111,8 @@ def _value(step: CapturedStep) -> dict[str, Any]:
 
 def _between(low: Any, high: Any, low_batch: int, high_batch: int, batch: int, where: str) -> Any:
     """Every number on the line through its values at two batches; everything else must be equal."""
-    if low is high or (type(low) is type(high) and not isinstance(low, dict | list) and low == high):
+    # Most of a step does not depend on the batch: equal parts are shared, not copied.
+    if type(low) is type(high) and low == high:
         return low
     if isinstance(low, dict) and isinstance(high, dict) and low.keys() == high.keys():
         return {
@@ -252,6 +253,11 @@ class Planner:
     def __init__(self, step: ScalableStep, model: CostModel, name: str) -> None:
         self._step, self._model, self._name = step, model, name
         self._graphs: dict[int, Any] = {}
+        self._host_bytes: dict[tuple[int, str], int] = {}
+
+    def host_bytes(self, batch: int, strategy: str) -> int:
+        """Pinned host memory of a plan that `image_us` has made; 0 for none."""
+        return self._host_bytes.get((batch, strategy), 0)
 
     def image_us(self, batch: int, strategy: str) -> float | None:
         """Predicted µs per image, or None where no plan of that strategy fits the machine's memory."""
@@ -272,6 +278,7 @@ class Planner:
         except _core.Infeasible:
             return None
         _core.validate(graph, plan)
+        self._host_bytes[batch, strategy] = plan.predicted.host_peak_bytes
         return float(plan.predicted.step_us) / batch
 
 
@@ -284,6 +291,7 @@ class Curve:
         plain_batch: largest batch of the network as it is.
         plain_image_us: its time per image.
         batches: largest batch by slowdown.
+        host_bytes: pinned host memory that its plan needs, by slowdown.
         points: everything evaluated.
     """
 
@@ -294,11 +302,16 @@ class Curve:
     plain_batch: int
     plain_image_us: float
     batches: Mapping[float, int]
+    host_bytes: Mapping[float, int]
     points: Sequence[Point]
 
     def as_row(self) -> dict[str, Any]:
         """As JSON holds it; slowdowns as text."""
-        return {**asdict(self), "batches": {f"{limit:.2f}": batch for limit, batch in self.batches.items()}}
+        by_slowdown = {
+            name: {f"{limit:.2f}": value for limit, value in getattr(self, name).items()}
+            for name in ("batches", "host_bytes")
+        }
+        return {**asdict(self), **by_slowdown}
 
     @property
     def multipliers(self) -> dict[float, float]:
@@ -316,6 +329,7 @@ def curve_of_row(row: Mapping[str, Any]) -> Curve:
         plain_batch=row["plain_batch"],
         plain_image_us=row["plain_image_us"],
         batches={float(limit): batch for limit, batch in row["batches"].items()},
+        host_bytes={float(limit): size for limit, size in row["host_bytes"].items()},
         points=[Point(**point) for point in row["points"]],
     )
 
@@ -363,10 +377,10 @@ def plot(path: Path, curves: Sequence[Curve]) -> None:
                     [entry[limit][0] for limit in limits],
                     marker="o",
                     markersize=4,
-                    linewidth=2.4 if strategy == "default" else 1.3,
+                    linewidth=4 if strategy == "default" else 1.3,
                     color=colors[index % len(colors)],
                     label=strategy,
-                    zorder=3 if strategy == "default" else 2,
+                    zorder=2 if strategy == "default" else 3,  # where they agree, both are seen
                 )
             axes.set_title(f"{network}, {machine}", loc="left", fontsize=10.5)
             axes.set_xlabel("predicted slowdown per image, at most, %")

@@ -28,7 +28,8 @@ class NetworkOptions:
         norm: how BatchNorm sees patches, "patch" or "frozen"; None is "patch" where there is one.
         dtype: "fp32", or "bf16" for autocast.
         memory_format: "contiguous" or "channels_last".
-        device: where the step is captured for.
+        device: where the step is captured.
+        device_type: "cpu" or "cuda": where its operations will run.
     """
 
     model: str
@@ -40,6 +41,7 @@ class NetworkOptions:
     dtype: str = "fp32"
     memory_format: str = "contiguous"
     device: str = "cpu"
+    device_type: str = "cuda"
 
     @property
     def is_split(self) -> bool:
@@ -99,7 +101,10 @@ def capture_network(options: NetworkOptions) -> CapturedStep:
         has_norm = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
         norm = options.norm or ("patch" if has_norm else None)
         split_(model, images[:1], grid=options.grid, until=options.region_end, order="patch", norm=norm)
-    device_type = torch.device(options.device).type
-    autocast = torch.autocast(device_type, torch.bfloat16) if options.dtype == "bf16" else nullcontext()
+    autocast = (
+        torch.autocast(torch.device(options.device).type, torch.bfloat16) if options.dtype == "bf16" else nullcontext()
+    )
     with autocast:
-        return capture(model, images, loss=cross_entropy, targets=classes, name=options.text)
+        return capture(
+            model, images, loss=cross_entropy, targets=classes, device_type=options.device_type, name=options.text
+        )

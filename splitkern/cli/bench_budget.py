@@ -110,7 +110,9 @@ def _fill(args: argparse.Namespace, record: Any) -> None:
 
                 def planner(cells: tuple[int, int], network: str = network, machine: Any = machine) -> Planner:
                     until = args.until if cells != (1, 1) else None
-                    options = NetworkOptions(network, 1, args.image_size, cells, until, dtype=machine.dtype)
+                    options = NetworkOptions(
+                        network, 1, args.image_size, cells, until, dtype=machine.dtype, device_type="cuda"
+                    )
                     bar.set_description(f"capturing {network} {cells[0]}x{cells[1]}")
                     return Planner(ScalableStep.capture(options), machine, f"{network} {cells[0]}x{cells[1]}")
 
@@ -138,35 +140,38 @@ def _curve(planner: Planner, plain: Plain, machine: str, network: str, cells: tu
     from splitkern.benchmarks.budget import Curve, largest_batches
 
     batches, points = largest_batches(lambda batch: planner.image_us(batch, strategy), plain)
-    return Curve(machine, network, cells, strategy, plain.batch, plain.image_us, batches, points)
+    host_bytes = {limit: planner.host_bytes(batch, strategy) for limit, batch in batches.items()}
+    return Curve(machine, network, cells, strategy, plain.batch, plain.image_us, batches, host_bytes, points)
 
 
 def _tables(curves: Sequence[Curve], *, markdown: bool) -> str:
-    from splitkern.benchmarks.budget import SLOWDOWNS
     from splitkern.memory.cost_model import COST_MODELS
+    from splitkern.memory.report import bytes_text
 
     parts = []
     for machine, network in dict.fromkeys((curve.machine, curve.network) for curve in curves):
         chosen = [curve for curve in curves if (curve.machine, curve.network) == (machine, network)]
         plain = chosen[0]
+        slowdowns = list(plain.batches)
         title = (
             f"{network}, {COST_MODELS[machine].label}: plain batch {plain.plain_batch}, "
             f"{plain.plain_image_us / 1e3:.3f} ms per image"
         )
-        header = ["slowdown per image at most", "grid", *(f"{limit:.0%}" for limit in SLOWDOWNS)]
+        header = ["slowdown per image at most", "grid", *(f"{limit:.0%}" for limit in slowdowns), "host, most"]
         rows = [
             [
                 curve.strategy,
                 "not split" if curve.grid == (1, 1) else f"{curve.grid[0]}x{curve.grid[1]}",
                 *(
                     f"{curve.multipliers[limit]:.2f}x ({curve.batches[limit]})" if curve.batches[limit] else "-"
-                    for limit in SLOWDOWNS
+                    for limit in slowdowns
                 ),
+                bytes_text(max(curve.host_bytes.values(), default=0)),
             ]
             for curve in chosen
         ]
         if markdown:
-            lines = [header, ["---", "---", *("---:" for _ in SLOWDOWNS)], *rows]
+            lines = [header, ["---", "---", *("---:" for _ in header[2:])], *rows]
             parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
         else:
             parts.append(f"{title}\n" + table(header, rows))

@@ -270,6 +270,7 @@ def _capture(args: argparse.Namespace) -> tuple[Any, _Machine]:
         dtype=args.dtype or (model.dtype if model else "fp32"),
         memory_format=args.memory_format or "contiguous",
         device=str(device),
+        device_type=device.type if args.measure else "cuda",
     )
     try:
         with _stage(f"capturing {options.text}"):

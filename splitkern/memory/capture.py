@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only
 
 from splitkern.memory import rewrite
 from splitkern.memory.record import (
@@ -130,14 +130,18 @@ class CapturedStep:
     Attributes:
         name: of the graph.
         storages, tensors, operations: indices are positions in these tuples; operations are in execution order.
-        loss: tensor of the loss.
+        loss: tensor of the loss; -1 where the step begins its backward pass from gradients that it is given.
         outputs: tensors of what the model returned, where they were asked for.
         gradients: tensor of the gradient of every parameter that gets one, by qualified name; of an input that requires
             a gradient under the input's name ("input.0").
         parameters: tensor of every parameter and buffer, by qualified name; a tied one under each of its names.
-        inputs: tensor of every example input and target, by name ("input.0", "target.0").
+        inputs: tensor of every example input and target, and of every gradient that the step is given, by name
+            ("input.0", "target.0", "grad_output.0").
         constants: value of every tensor that the model holds as neither parameter nor buffer, by tensor.
         device: where the step was captured for.
+        differentiable: of ``outputs``, the positions of those that a gradient is given for.
+        structure: how the outputs are nested in what the model returns, as of ``torch.utils._pytree``; None where they
+            were not asked for.
     """
 
     name: str
@@ -151,6 +155,8 @@ class CapturedStep:
     inputs: Mapping[str, int]
     constants: Mapping[int, Tensor] = field(repr=False)
     device: torch.device
+    differentiable: tuple[int, ...] = ()
+    structure: TreeSpec | None = field(default=None, repr=False)
     durations_from: str = ""
 
     def graph_dict(self) -> dict[str, Any]:
@@ -229,8 +235,8 @@ class CapturedStep:
     def runnable(self, index: int, device: torch.device | str | None = None) -> Callable[[], None]:
         """An operation on tensors of its real shapes and strides, to be timed.
 
-        Floating-point tensors hold normal random numbers, drawn without touching the global random state; others hold
-        zeros, which are valid as class labels and as pooling positions.
+        Floating-point tensors hold normal random numbers, drawn without touching the global random state; pooling
+        positions are those of such images; others hold zeros, which are valid as class labels.
 
         Args:
             index: of the operation.
@@ -244,6 +250,10 @@ class CapturedStep:
         generator = torch.Generator(device).manual_seed(index)
         reads = [_example(self.tensors[place], device, generator) for place in operation.reads]
         writes = [_example(self.tensors[place], device, generator) for place in operation.writes]
+        if operation.call.overload is torch.ops.splitkern.patch_max_pool2d_backward.default:
+            _, _, sizes, *window = operation.call.args
+            images = torch.randn(sizes, dtype=reads[0].dtype, device=device, generator=generator)
+            reads[1].copy_(torch.ops.splitkern.patch_max_pool2d(images, *window)[1])
         call = operation.call if operation.out_call is None or device.type == "cpu" else operation.out_call
 
         def run() -> None:
@@ -271,6 +281,8 @@ def capture(
     loss: Callable[..., Tensor] | None = None,
     targets: Tensor | Sequence[Any] = (),
     outputs: bool = False,
+    given_gradients: bool = False,
+    device_type: str | None = None,
     name: str = "",
 ) -> CapturedStep:
     """Capture one training step of a model, split or not: forward, loss, and the gradients of its parameters.
@@ -286,6 +298,10 @@ def capture(
             loss itself.
         targets: further arguments of the loss.
         outputs: whether the step also returns what the model returns.
+        given_gradients: the loss is somebody else's: the step returns what the model returns, and its backward pass
+            begins from the gradients of that, which are further inputs. Not with ``loss`` and ``targets``.
+        device_type: "cpu" or "cuda": where the operations will run, which decides what is rewritten to the package's
+            own; the device of the inputs unless given. A plan for a GPU can be made without one.
         name: of the graph; the model's class unless given.
 
     Returns:
@@ -308,13 +324,18 @@ def capture(
     extra = _arguments("targets", targets)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of the model's output and the targets, got {type(loss).__name__}")
+    if given_gradients and (loss is not None or extra):
+        raise ValueError("given_gradients must not come with loss or targets: the loss is not part of such a step")
+    if device_type not in (None, "cpu", "cuda"):
+        raise ValueError(f"device_type must be 'cpu', 'cuda' or None, got {device_type!r}")
     modules = _modules(model, loss)
     _require_capturable(modules)
     with ExitStack() as stack:
         stack.enter_context(_without_recomputation(model))
         stack.enter_context(_unchanged(modules))
         stack.enter_context(_fresh_autocast_cache())
-        return _Capture(model, modules, loss, arguments, extra, outputs).run(name or type(model).__name__)
+        capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients, device_type)
+        return capturing.run(name or type(model).__name__)
 
 
 def _arguments(argument: str, value: Any) -> tuple[Any, ...]:
@@ -345,6 +366,10 @@ _HOOKS = (
 
 def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                full = f"{path}.{key}" if path else key
+                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise CaptureError(
                 f"{_where(path, module)} has forward or backward hooks, which a captured step would not run; "
@@ -356,8 +381,6 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             full = f"{path}.{key}" if path else key
             if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
-            if is_lazy(tensor):
-                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
     forward = split_forward_of(modules[""])
@@ -437,15 +460,20 @@ class _Capture:
         arguments: tuple[Any, ...],
         targets: tuple[Any, ...],
         outputs: bool,
+        given_gradients: bool,
+        device_type: str | None,
     ) -> None:
         self.model, self.modules, self.loss = model, modules, loss
-        self.arguments, self.targets, self.wants_outputs = arguments, targets, outputs
+        self.arguments, self.targets = arguments, targets
+        self.wants_outputs, self.given_gradients = outputs or given_gradients, given_gradients
+        self.device_type = device_type
         self.fake_mode = FakeTensorMode(static_shapes=True)
         self.recorder = Recorder(self.fake_mode)
         names: dict[int, str] = {}
         for path, module in modules.items():
             names.setdefault(id(module), path)
         self.labels = Labels(self.recorder, names)
+        self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
 
@@ -458,15 +486,21 @@ class _Capture:
         unique: dict[int, tuple[str, Tensor]] = {}
         for path, tensor in wanted.items():
             unique.setdefault(id(tensor), (path, tensor))
+        leaves = [tensor for _, tensor in unique.values()]
         try:
+            with self.fake_mode, self.recorder, torch.enable_grad(), self.labels.forward():
+                result = self.model(*arguments)
+                roots = [result] if self.loss is None else [self._loss(result, targets)]
+            if self.given_gradients:
+                roots = self._differentiable(result)
+                given: tuple[Any, ...] | None = self._fake_gradients(roots)
+            else:
+                self._require_loss(roots[0])
+                given = None
             with self.fake_mode, self.recorder, torch.enable_grad():
-                with self.labels.forward():
-                    result = self.model(*arguments)
-                    loss = result if self.loss is None else self._loss(result, targets)
-                self._require_loss(loss)
-                leaves = [tensor for _, tensor in unique.values()]
-                with self.labels.backward(loss.grad_fn):
-                    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                self.phase = "backward"
+                with self.labels.backward([root.grad_fn for root in roots]):
+                    found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
                 self.recorder.label = Label()
                 gradients = self._gradients(dict(zip(unique.values(), found, strict=True)))
         except CaptureError as error:
@@ -474,10 +508,14 @@ class _Capture:
         except Exception as error:
             raise self._error(error) from error
         boxes = self.recorder.box
+        everything, structure = tree_flatten(result)
+        if self.given_gradients and not all(isinstance(leaf, Tensor) for leaf in everything):
+            came = next(type(leaf).__name__ for leaf in everything if not isinstance(leaf, Tensor))
+            raise CaptureError(f"the model must return tensors only, however nested, got a {came} among them")
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] if self.wants_outputs else []
         return _Assembly(
             self.recorder,
-            loss=boxes(loss),
+            loss=None if self.given_gradients else boxes(roots[0]),
             outputs=[boxes(tensor) for tensor in returned],
             gradients={
                 path: gradients[unique[id(tensor)][0]]
@@ -486,7 +524,13 @@ class _Capture:
             },
             parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
             inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
-        ).step(name, self._device())
+            device=self._device(),
+            device_type=self.device_type or self._device().type,
+        ).step(
+            name,
+            differentiable=tuple(i for i, leaf in enumerate(returned) if leaf.grad_fn is not None),
+            structure=structure if self.wants_outputs else None,
+        )
 
     def _device(self) -> torch.device:
         for tensor in (*self.inputs.values(), *self.parameters.values()):
@@ -535,6 +579,21 @@ class _Capture:
             self.labels.enter("loss")
         return self.loss(result, *targets)
 
+    def _differentiable(self, result: Any) -> list[Tensor]:
+        """What the model returns and a gradient can be given for."""
+        roots = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        if not roots:
+            raise CaptureError("nothing that the model returns depends on anything that requires a gradient")
+        return roots
+
+    def _fake_gradients(self, roots: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        for number, root in enumerate(roots):
+            with self.fake_mode:
+                gradient = torch.empty_strided(root.shape, root.stride(), dtype=root.dtype, device=root.device)
+            self.recorder.declare(gradient, "input", f"grad_output.{number}")
+            self.inputs[f"grad_output.{number}"] = gradient
+        return tuple(self.inputs[f"grad_output.{number}"] for number in range(len(roots)))
+
     def _require_loss(self, loss: Any) -> None:
         if not isinstance(loss, Tensor):
             came = type(loss).__name__
@@ -570,14 +629,13 @@ class _Capture:
         module = self.modules.get(label.module)
         where = _where(label.module, module) if module is not None else repr(label.module)
         what = f"{operator} in {where}" if operator else where
-        phase = "backward" if self.recorder.is_backward else "forward"
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
         elif isinstance(error, UnsupportedOperatorException):
             reason = "the operator has no shape rule (register_fake)"
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return CaptureError(f"cannot capture {what} ({phase}): {reason}")
+        return CaptureError(f"cannot capture {what} ({self.phase}): {reason}")
 
 
 class _Assembly:
@@ -587,16 +645,19 @@ class _Assembly:
         self,
         recorder: Recorder,
         *,
-        loss: Box,
+        loss: Box | None,
         outputs: Sequence[Box],
         gradients: Mapping[str, Box],
         parameters: Mapping[str, Box],
         inputs: Mapping[str, Box],
+        device: torch.device,
+        device_type: str,
     ) -> None:
+        self.device, self.device_type = device, device_type
         self.storages: list[RecordedStorage] = recorder.storages
         self.loss, self.outputs = loss, outputs
         self.gradients, self.parameters, self.inputs = gradients, parameters, inputs
-        returned = {box.storage for box in (loss, *outputs)}
+        returned = {box.storage for box in (loss, *outputs) if box is not None}
         self.returned = returned
         for index in returned:
             if self.storages[index].kind == "":
@@ -606,7 +667,7 @@ class _Assembly:
             for operation in recorder.operations
             for part in rewrite.split_convolution_backward(operation)
         ]
-        operations = rewrite.replace_max_pools(operations, self.storages)
+        operations = rewrite.replace_max_pools(operations, self.storages, device_type)
         self.recorded = rewrite.write_joins(operations, self.storages)
         self.boxes: dict[Box, int] = {}
         self.kept: dict[int, int] = {}
@@ -614,7 +675,7 @@ class _Assembly:
         self.captured_storages: list[CapturedStorage] = []
         self.tensors: list[CapturedTensor] = []
 
-    def step(self, name: str, device: torch.device) -> CapturedStep:
+    def step(self, name: str, **returned: Any) -> CapturedStep:
         for box in (*self.parameters.values(), *self.inputs.values()):
             self._tensor(box, "")
         operations = [self._operation(operation) for operation in self.recorded]
@@ -624,7 +685,7 @@ class _Assembly:
             if storage.constant is not None and index in self.kept
         }
         places: dict[str, Any] = {
-            "loss": self._tensor(self.loss, ""),
+            "loss": -1 if self.loss is None else self._tensor(self.loss, ""),
             "outputs": tuple(self._tensor(box, "") for box in self.outputs),
             "gradients": {path: self._tensor(box, "") for path, box in self.gradients.items()},
             "parameters": {path: self._tensor(box, "") for path, box in self.parameters.items()},
@@ -636,7 +697,8 @@ class _Assembly:
             tensors=tuple(self.tensors),
             operations=tuple(operations),
             constants=constants,
-            device=device,
+            device=self.device,
+            **returned,
             **places,
         )
 
@@ -702,5 +764,5 @@ class _Assembly:
             flop=rewrite.flop_of(recorded, target),
             bytes=sum(map(rewrite.box_bytes, (*recorded.reads, *recorded.writes))),
             call=rewrite.original_call(recorded),
-            out_call=rewrite.out_call(recorded),
+            out_call=rewrite.out_call(recorded, self.device_type),
         )

@@ -7,7 +7,7 @@ machine at hand takes is measured by profile.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -77,6 +77,10 @@ class CostModel:
     copy_latency_us: float
     other: Rates
     rates: Mapping[str, Rates] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (getattr(self, one.name) for one in fields(self))
+        return CostModel, tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
 
     @property
     def label(self) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitkern.memory.capture import CapturedStep, CapturedTensor
-from splitkern.memory.rewrite import run_call
+from splitkern.memory.capture import CapturedOperation, CapturedStep, CapturedTensor
+from splitkern.memory.rewrite import is_pointwise, run_call
 
 _POISON = 0xFF  # every floating-point type reads this pattern as NaN
 
@@ -25,13 +25,13 @@ class StepResult:
     """What a step returns and changes.
 
     Attributes:
-        loss: scalar.
+        loss: scalar; None where the step begins its backward pass from gradients that it is given.
         outputs: what the model returned, where the step was captured with them.
         gradients: by qualified name of the parameter.
         parameters: every parameter and buffer after the step, by qualified name.
     """
 
-    loss: Tensor
+    loss: Tensor | None
     outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
@@ -43,6 +43,7 @@ def interpret(
     inputs: Tensor | Sequence[Any],
     targets: Tensor | Sequence[Any] = (),
     *,
+    grad_outputs: Tensor | Sequence[Tensor] = (),
     out_calls: bool = False,
     check_strides: bool = True,
 ) -> StepResult:
@@ -52,6 +53,7 @@ def interpret(
         step: from :func:`splitkern.memory.capture.capture`.
         parameters: the model, or its parameters and buffers by qualified name; not changed.
         inputs, targets: as for the capture, with the same shapes and strides.
+        grad_outputs: what a step with given gradients begins its backward pass from.
         out_calls: run the call that writes into its destinations where an operation has one, and in place where it
             may, as the executor does, instead of the one that eager execution ran.
         check_strides: whether a result with other strides than captured is an error.
@@ -70,7 +72,8 @@ def interpret(
         if name not in parameters:
             raise ValueError(f"parameters must have {name!r}")
         memory.fill(name, place, parameters[name].detach())
-    given = {f"{prefix}.{i}": v for prefix, vs in (("input", inputs), ("target", targets)) for i, v in _numbered(vs)}
+    sources = {"input": inputs, "target": targets, "grad_output": grad_outputs}
+    given = {f"{prefix}.{i}": v for prefix, vs in sources.items() for i, v in _numbered(vs)}
     for name, place in step.inputs.items():
         if name not in given:
             raise ValueError(f"inputs must have {name}")
@@ -81,7 +84,7 @@ def interpret(
         for index in range(len(step.operations)):
             _run(step, memory, index, out_calls, check_strides)
     return StepResult(
-        loss=memory.view(step.loss).clone(),
+        loss=memory.view(step.loss).clone() if step.loss >= 0 else None,
         outputs=tuple(memory.view(place).clone() for place in step.outputs),
         gradients={name: memory.view(place).clone() for name, place in step.gradients.items()},
         parameters={name: memory.view(place).clone() for name, place in step.parameters.items()},
@@ -109,6 +112,8 @@ def _run(step: CapturedStep, memory: _Memory, index: int, out_calls: bool, check
         captured = step.tensors[operation.writes[place]]
         if tuple(value.shape) != captured.sizes:
             raise RuntimeError(f"{operation.name}: captured with sizes {captured.sizes}, got {tuple(value.shape)}")
+        if value.dtype != captured.dtype and not _casts(operation):
+            raise RuntimeError(f"{operation.name}: captured as {captured.dtype}, got {value.dtype}")
         if check_strides and not operation.mutates and not _same_layout(value, captured, memory):
             raise RuntimeError(
                 f"{operation.name}: captured with strides {captured.strides}, got {value.stride()} "
@@ -116,6 +121,11 @@ def _run(step: CapturedStep, memory: _Memory, index: int, out_calls: bool, check
             )
         writes[place].copy_(value)
     memory.release(index)
+
+
+def _casts(operation: CapturedOperation) -> bool:
+    """Whether the result is cast on its way: an in-place operator keeps the type of what it updates."""
+    return bool(operation.mutates) or is_pointwise(operation.call.overload)
 
 
 def _same_layout(value: Tensor, captured: CapturedTensor, memory: _Memory) -> bool:

@@ -199,7 +199,7 @@ def scene_of_plan(view: PlanView, timeline: Timeline) -> Scene:
         ]
         if limits.host_bytes is not None:
             host_levels.append(Level(limits.host_bytes, f"budget {bytes_text(limits.host_bytes)}", True))
-        top = _axis_end(peak, [level.value for level in host_levels])
+        top = 1.12 * _axis_end(peak, [level.value for level in host_levels])
         title = f"pinned host memory: peak {bytes_text(peak)}, budget {_limit_text(limits.host_bytes)}"
         panels.append(Panel(title, rectangles[2], host_levels, top, share=2.2))
     slower = predicted.step_us / predicted.compute_us - 1 if predicted.compute_us else 0.0

@@ -47,6 +47,8 @@ def write_png(path: Path, scene: Scene, *, width_inches: float = 16.0, height_in
         one.tick_params(labelbottom=index == len(scene.panels) - 1)
         axes.append(one)
     _draw_arrows(figure, axes, scene, scale)
+    if not scene.unit:
+        axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes[0].set_xlim(scene.begin * scale, scene.end * scale)
     axes[-1].set_xlabel("time in the step, ms (predicted)" if scene.unit else "time")
     figure.text(0.065, 0.965, scene.title, fontsize=15, fontweight="bold", va="center")
@@ -61,20 +63,25 @@ def _draw_panel(axes: Any, panel: Panel, scene: Scene, scale: float) -> None:
 
     # Narrower than a dot a rectangle would vanish; kinds with few and narrow ones (stalls) matter most.
     narrowest = (scene.end - scene.begin) / 2400
-    # Neighbours of one kind are told apart by two shades: edges would hide what is a few dots high.
-    drawn: dict[tuple[str, int], list[list[tuple[float, float]]]] = {}
+    # Neighbours of one kind are told apart by two shades, and by edges where these do not hide the rectangle.
+    drawn: dict[tuple[str, int], list[tuple[list[tuple[float, float]], float]]] = {}
     for index, one in enumerate(panel.rectangles):
         left, right = one.left * scale, max(one.right, one.left + narrowest) * scale
         corners = [(left, one.bottom), (left, one.top), (right, one.top), (right, one.bottom)]
-        drawn.setdefault((one.kind, 0 if panel.tracks else index % 2), []).append(corners)
-    edge: dict[str, Any] = (
-        {"edgecolor": "white", "linewidth": 0.5} if len(panel.rectangles) < 150 and not panel.tracks else {}
-    )
+        is_large = one.top - one.bottom > panel.top / 100 and one.right - one.left > 6 * narrowest
+        edge = 0.5 if is_large and not panel.tracks else 0.0
+        drawn.setdefault((one.kind, 0 if panel.tracks else index % 2), []).append((corners, edge))
     for kind in KINDS:
         for shade in (0, 1):
-            if (kind, shade) in drawn:
-                face = _lighter(KINDS[kind][0], 0.22 * shade)
-                axes.add_collection(PolyCollection(drawn[kind, shade], facecolor=face, **(edge or {"linewidth": 0})))
+            polygons = drawn.get((kind, shade), [])
+            axes.add_collection(
+                PolyCollection(
+                    [corners for corners, _ in polygons],
+                    facecolor=_lighter(KINDS[kind][0], 0.22 * shade),
+                    edgecolor="white",
+                    linewidths=[edge for _, edge in polygons] or 0,
+                )
+            )
     axes.set_ylim(0, panel.top)
     axes.set_title(panel.title, loc="left", fontsize=9.5, pad=4)
     for side in ("top", "right"):
@@ -89,18 +96,18 @@ def _draw_panel(axes: Any, panel: Panel, scene: Scene, scale: float) -> None:
     for level in panel.levels:
         if level.value > panel.top:
             continue
-        color, style = ("#c1121f", "-") if level.is_budget else ("#111111", (0, (6, 3)))
-        axes.axhline(level.value, color=color, linestyle=style, linewidth=1.1, zorder=4)
+        line_color, style = ("#c1121f", "-") if level.is_budget else ("#111111", (0, (6, 3)))
+        axes.axhline(level.value, color=line_color, linestyle=style, linewidth=1.1, zorder=4)
         axes.annotate(
             level.label,
-            (1.0, level.value),
+            (1.0 if level.is_budget else 0.0, level.value),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 2),
+            xytext=(-4 if level.is_budget else 4, 2),
             textcoords="offset points",
-            ha="right",
+            ha="right" if level.is_budget else "left",
             va="bottom",
             fontsize=8,
-            color=color,
+            color=line_color,
             zorder=5,
             bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
         )

@@ -219,7 +219,7 @@ class Recorder(TorchDispatchMode):
                 self._constants[id(result)] = (args[0], result)
                 return result
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
-            result = func(*args, **kwargs)
+            result = _corrected(func, args, func(*args, **kwargs))
             self._record(func, args, kwargs, result)
         except Exception:
             if self.failed is None:
@@ -282,6 +282,16 @@ class Recorder(TorchDispatchMode):
         if func in _BATCH_NORMS and args[_BATCH_NORMS[func][1]]:
             found += [args[place] for place in _BATCH_NORMS[func][0] if args[place] is not None]
         return found
+
+
+def _corrected(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """What the operator really returns, where the fake one's types are wrong.
+
+    The CPU's batch norm keeps the statistics of bfloat16 images in the type of its fp32 weight, not in theirs.
+    """
+    if func is aten.native_batch_norm.default and args[5] and args[1] is not None and args[1].dtype != args[0].dtype:
+        return (result[0], *(statistics.to(args[1].dtype) for statistics in result[1:]))
+    return result
 
 
 class _Call:
@@ -438,11 +448,11 @@ class Labels:
                 handle.remove()
 
     @contextmanager
-    def backward(self, root: Any) -> Iterator[None]:
-        """Label what the gradient functions reachable from ``root`` dispatch inside the block."""
+    def backward(self, roots: Iterable[Any]) -> Iterator[None]:
+        """Label what the gradient functions reachable from ``roots`` dispatch inside the block."""
         handles = []
-        seen = {root}
-        pending = [root]
+        pending = list(dict.fromkeys(roots))
+        seen = set(pending)
         while pending:
             node = pending.pop()
             handles.append(node.register_prehook(self._labeller(node._sequence_nr())))

@@ -49,6 +49,11 @@ class Call:
 
 # --- names --------------------------------------------------------------------------------------------------------
 
+#: What the gradient of a convolution's bias is.
+CONVOLUTION_BIAS_GRAD = "aten.sum.dim_IntList"
+
+_BACKWARD = aten.convolution_backward.default
+
 _TARGETS: Mapping[Any, str] = {
     splitkern_ops.patch_conv2d.default: "conv2d",
     splitkern_ops.patch_conv2d.out: "conv2d",
@@ -91,7 +96,7 @@ def target_of(operation: RecordedOperation) -> str:
             return "conv2d_input_grad"
         if mask == [False, True, False]:
             return "conv2d_weight_grad"
-        return "aten.sum.dim_IntList"
+        return CONVOLUTION_BIAS_GRAD
     if overload is aten.add.Tensor and operation.kwargs.get("alpha", 1) == 1:
         return "add"
     if overload is aten.threshold_backward.default and args[2] == 0:
@@ -156,6 +161,7 @@ def inplace_pairs(operation: RecordedOperation, storages: Sequence[RecordedStora
         and read.strides_bytes == write.strides_bytes
         and read.dtype.itemsize == write.dtype.itemsize
         and not any(other.storage == read.storage for other in operation.writes)
+        and not any(other.storage == read.storage and other != read for other in operation.reads)
     ]
 
 
@@ -172,10 +178,8 @@ def is_sum(operation: RecordedOperation) -> bool:
 
 def box_bytes(box: Box) -> int:
     """Bytes of the elements of a box; repeated elements (stride 0) count once."""
-    count: int = box.dtype.itemsize
-    for size, stride in zip(box.sizes, box.strides_bytes, strict=True):
-        count *= size if stride != 0 or size == 0 else 1
-    return count
+    once = (size if stride != 0 or size == 0 else 1 for size, stride in zip(box.sizes, box.strides_bytes, strict=True))
+    return int(box.dtype.itemsize) * _product(once)
 
 
 def flop_of(operation: RecordedOperation, target: str) -> int:
@@ -197,7 +201,8 @@ def flop_of(operation: RecordedOperation, target: str) -> int:
         return 2 * _product(output) * _product(weight[1:])
     if target in ("mm", "addmm", "aten.bmm.default"):
         one = operation.args[1 if target == "addmm" else 0]
-        return 2 * _product(operation.writes[0].sizes) * operation.reads[one.position].sizes[-1]
+        inner: int = operation.reads[one.position].sizes[-1]
+        return 2 * _product(operation.writes[0].sizes) * inner
     return sum(_product(write.sizes) for write in operation.writes)
 
 
@@ -216,6 +221,10 @@ def _product(values: Iterable[int]) -> int:
 
 
 # --- passes over the record ---------------------------------------------------------------------------------------
+
+
+def _blank(box: Box) -> Blank:
+    return Blank(box.sizes, tuple(stride // box.dtype.itemsize for stride in box.strides_bytes), box.dtype)
 
 
 def split_convolution_backward(operation: RecordedOperation) -> list[RecordedOperation]:
@@ -237,7 +246,7 @@ def split_convolution_backward(operation: RecordedOperation) -> list[RecordedOpe
         for place in range(3):
             box = operation.reads[args[place].position]
             if place not in needs[gradient]:
-                args[place] = Blank(box.sizes, tuple(s // box.dtype.itemsize for s in box.strides_bytes), box.dtype)
+                args[place] = _blank(box)
                 continue
             if box not in reads:
                 reads.append(box)
@@ -281,17 +290,15 @@ def read_only_needed(operation: RecordedOperation) -> RecordedOperation:
     args = list(operation.args)
     blank: set[int] = set()
     for place in _SHAPE_ONLY.get(operation.overload, ()):
-        box = operation.reads[args[place].position]
-        args[place] = Blank(box.sizes, tuple(s // box.dtype.itemsize for s in box.strides_bytes), box.dtype)
         blank.add(place)
     if operation.overload in _BATCH_NORM_BACKWARDS:
         places, flag = _BATCH_NORM_BACKWARDS[operation.overload]
         if flag is None or args[flag]:
-            for place in places:
-                args[place] = None
-                blank.add(place)
+            blank.update(place for place in places if args[place] is not None)
     if not blank:
         return operation
+    for place in blank:
+        args[place] = _blank(operation.reads[args[place].position])
     reads: list[Box] = []
 
     def moved(read: Read) -> Read:
@@ -307,16 +314,19 @@ def read_only_needed(operation: RecordedOperation) -> RecordedOperation:
 _LARGEST_POOL_WINDOW = 255
 
 
-def replace_max_pools(operations: list[RecordedOperation], storages: list[RecordedStorage]) -> list[RecordedOperation]:
+def replace_max_pools(
+    operations: list[RecordedOperation], storages: list[RecordedStorage], device_type: str
+) -> list[RecordedOperation]:
     """ATen's max poolings as the package's, which keep one byte per output where ATen's keep eight.
 
     Values and gradients are the same bit for bit: the first maximum of a window wins in both, and gradients add up in
-    the order of the outputs. Only where nothing but gradients reads the positions.
+    the order of the outputs. Only where nothing but gradients reads the positions, and, on the CPU, not where windows
+    overlap in a type of less than 32 bits: there ATen rounds every sum of gradients, the package's only the last.
     """
     forwards = {
         operation.writes[1].storage: index
         for index, operation in enumerate(operations)
-        if operation.overload is aten.max_pool2d_with_indices.default and _is_max_pool2d(operation)
+        if operation.overload is aten.max_pool2d_with_indices.default and _is_max_pool2d(operation, device_type)
     }
     backwards: dict[int, list[int]] = {storage: [] for storage in forwards}
     for index, operation in enumerate(operations):
@@ -356,10 +366,12 @@ def replace_max_pools(operations: list[RecordedOperation], storages: list[Record
     return operations
 
 
-def _is_max_pool2d(operation: RecordedOperation) -> bool:
-    kernel = _pool_window(operation)[0]
+def _is_max_pool2d(operation: RecordedOperation, device_type: str) -> bool:
+    kernel, stride, _, dilation = _pool_window(operation)
+    overlap = any(d != 1 or s < k for k, s, d in zip(kernel, stride, dilation, strict=True))
     return (
-        len(operation.reads[0].sizes) == 4
+        not (overlap and device_type == "cpu" and operation.writes[0].dtype.itemsize < 4)
+        and len(operation.reads[0].sizes) == 4
         and kernel[0] * kernel[1] <= _LARGEST_POOL_WINDOW
         and operation.writes[0].dtype.is_floating_point
         and operation.writes[1].offset_bytes == 0
@@ -513,11 +525,14 @@ def original_call(operation: RecordedOperation) -> Call:
     return Call(operation.overload, operation.args, operation.kwargs, operation.results, operation.preload)
 
 
-def out_call(operation: RecordedOperation) -> Call | None:
+def out_call(operation: RecordedOperation, device_type: str) -> Call | None:
     """A call that writes the destinations itself, without allocating them; None where there is none.
 
-    ATen's convolutions become the package's, of one patch.
+    ATen's convolutions become the package's, of one patch. Of a bias's gradient only on CUDA: on the CPU the library
+    that ATen calls adds up in another order than ``sum``, and a step has to stay bit-equal to eager execution there.
     """
+    if device_type == "cpu" and target_of(operation) == CONVOLUTION_BIAS_GRAD and operation.overload is _BACKWARD:
+        return None
     overload, args, kwargs = operation.overload, operation.args, operation.kwargs
     if not any(result is not None for result in operation.results):
         return None if operation.preload else original_call(operation)

@@ -14,13 +14,14 @@ from splitkern.memory.interpret import interpret
 from tests.memory import models
 from tests.memory.graph_rules import require_valid
 
-#: Networks and grids; the small ones run always.
+#: Networks and grids; the few that run always hold every operation that the others hold.
+_ALWAYS = {("resnet18", None), ("resnet18", (2, 2)), ("vgg11", (2, 2)), ("vgg19", None)}
 CASES = [
     pytest.param(
         name,
         grid,
         id=f"{name}-{'unsplit' if grid is None else 'x'.join(map(str, grid))}",
-        marks=() if grid is None or name in ("resnet18", "vgg11") else (pytest.mark.large,),
+        marks=() if (name, grid) in _ALWAYS else (pytest.mark.large,),
     )
     for name in ("resnet18", "resnet50", "vgg11", "vgg19")
     for grid in (None, (2, 2), (4, 4))

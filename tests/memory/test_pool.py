@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import threading
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.host_execution.conftest import ROOT, find_tool, run
+from tests.host_execution.conftest import ROOT
 
 KIB = 1024
 CUDA_CHECKS = ROOT / "tests" / "memory" / "native" / "cuda"
@@ -234,39 +230,3 @@ def test_the_pool_ends_with_its_last_reference(core: Any) -> None:
     end = weakref.ref(pool)
     del pool
     assert end() is None
-
-
-@pytest.fixture(scope="session")
-def cuda_checks() -> Callable[[], Path]:
-    """Builds the checks of the CUDA part; skips where there is no CUDA toolkit."""
-    folder = ROOT / "build" / "memory-cuda"
-
-    def build() -> Path:
-        if not Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "include", "cuda_runtime_api.h").exists():
-            pytest.skip("no CUDA toolkit: set CUDA_HOME")
-        cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        assert cmake is not None and ninja is not None, "the build needs cmake and ninja: pip install cmake ninja"
-        run(
-            cmake,
-            *("-S", str(ROOT / "csrc" / "memory"), "-B", str(folder), "-G", "Ninja"),
-            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DSPLITKERN_MEMORY_CHECKS=ON"),
-        )
-        run(cmake, "--build", str(folder), "--target", "memory_cuda_checks", "--parallel", "2")
-        return folder / "cuda" / "memory_cuda_checks"
-
-    return build
-
-
-def test_the_cuda_part_builds(cuda_checks: Callable[[], Path]) -> None:
-    """Upstreams, events and their checks compile and link against the runtime alone, without a GPU and without nvcc."""
-    done = subprocess.run([cuda_checks()], stdout=subprocess.PIPE, text=True, check=True)
-    assert any(name.startswith("pool on CUDA") for name in done.stdout.splitlines())
-
-
-@pytest.mark.gpu
-def test_cuda(cuda_checks: Callable[[], Path]) -> None:
-    program = cuda_checks()
-    names = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-    for name in names:
-        done = subprocess.run([program, name], stderr=subprocess.PIPE, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]

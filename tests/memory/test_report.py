@@ -149,6 +149,8 @@ def test_trace_tracks() -> None:
     assert [(one["name"], one["cat"], one["ts"], one["dur"]) for one in events(ph="X", tid=3)] == [
         ("c", "prefetch", 50, 32)
     ]
+    prefetch = {"bytes": 8 * KIB, "issue": 5, "wait": 6, "after": [0]}
+    assert [one["args"] for one in events(ph="X", cat="prefetch")] == [prefetch]
     names = {one["tid"]: one["args"]["name"] for one in events(ph="M", name="thread_name")}
     assert names == {1: "compute", 2: "offload (device to host)", 3: "prefetch (host to device)"}
 

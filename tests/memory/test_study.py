@@ -154,7 +154,9 @@ def test_largest_batches_at_the_ends(evaluate: Callable[[int], float | None], ex
 
 
 def curve(strategy: str, grid: tuple[int, int], batches: dict[float, int], network: str = "vgg19") -> Curve:
-    return Curve("paper", network, grid, strategy, 50, 2000.0, batches, [Point(50, 2000.0), Point(900, None)])
+    host_bytes = {limit: batch << 20 for limit, batch in batches.items()}
+    points = [Point(50, 2000.0), Point(900, None)]
+    return Curve("paper", network, grid, strategy, 50, 2000.0, batches, host_bytes, points)
 
 
 CURVES = (
@@ -185,6 +187,6 @@ def test_tables() -> None:
 
     text = _tables(CURVES, markdown=True)
     assert "**vgg19, estimate: paper: plain batch 50, 2.000 ms per image**" in text
-    assert "| default | 2x2 | 1.80x (90) | 6.00x (300) |" in text
-    assert "| default | 2x2 | - | 1.50x (75) |" in text
+    assert "| default | 2x2 | 1.80x (90) | 6.00x (300) | 300.0 MiB |" in text
+    assert "| default | 2x2 | - | 1.50x (75) | 75.0 MiB |" in text
     assert _tables(CURVES, markdown=False).count("default") == 3

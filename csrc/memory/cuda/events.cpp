@@ -4,13 +4,18 @@
 #include <string>
 
 #include "memory/cuda/errors.h"
+#include "memory/errors.h"
 
 namespace splitkern::memory::cuda {
 
 namespace {
 
 cudaStream_t handle(int64_t stream) {
-  return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(stream));
+  const auto handle = reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(stream));
+  if (handle == cudaStreamPerThread) {
+    throw InvalidArgument("cuda::Events: stream must be the same one in every thread, got 2, cudaStreamPerThread");
+  }
+  return handle;
 }
 
 class Event : public StreamEvent {

@@ -98,11 +98,12 @@ void search_part(Part& part, int64_t target, int64_t effort, const Clock& clock)
   int64_t node_limit = 2 * static_cast<int64_t>(problem.buffers()) * (1 + problem.sections() / 1024);
   for (uint64_t round = 0; part.peak > target && !spent(); ++round, node_limit *= 2) {
     if (attempt(at_target, target, round, node_limit) == Outcome::kRefuted) ++target;
-    if (round == 0) apply_first_fit_by_size(part, target, clock);
+    if (round == 0) continue;  // both ways of focus first
     // Where the target resists: halve what is between it and the best, for as many nodes.
     const int64_t end = 2 * at_target.nodes();
     for (int64_t low = target; part.peak > low + 1 && at_target.nodes() + above.nodes() < end && !spent();) {
       const int64_t capacity = low + (part.peak - low) / 2;
+      above.forget_failures();
       const Outcome outcome = attempt(above, capacity, round, node_limit);
       if (outcome == Outcome::kRefuted) target = std::max(target, capacity + 1);
       if (outcome != Outcome::kFound) low = capacity;
@@ -148,9 +149,8 @@ Placement place(std::span<const Buffer> buffers, const PlacementOptions& options
     const int64_t wanted = std::max(reached, part.problem.lower_bound);
     if (options.effort > 0 && part.problem.buffers() <= kSearchBuffers && part.peak > wanted) {
       search_part(part, wanted, options.effort, clock);
-    } else {
-      apply_first_fit_by_size(part, wanted, clock);
     }
+    apply_first_fit_by_size(part, wanted, clock);
     reached = std::max(reached, part.peak);
   }
 

@@ -38,6 +38,10 @@ Search::Search(const Problem& problem, std::function<bool()> stop) : problem_(pr
   offsets_.assign(n, 0);
 }
 
+void Search::forget_failures() {
+  std::fill(weight_.begin(), weight_.end(), 0);
+}
+
 uint64_t Search::hash_of(int32_t begin, int32_t end) const {
   if (wide(begin, end)) return 0;
   uint64_t hash = mix((static_cast<uint64_t>(begin) << 32) + static_cast<uint64_t>(end));

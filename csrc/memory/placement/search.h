@@ -38,6 +38,8 @@ class Search {
   // else preferences are perturbed. Sections that failed in earlier runs are decided earlier in later ones.
   Outcome run(int64_t capacity, Preference preference, uint64_t seed, int64_t node_limit, Focus focus = Focus::kAll);
 
+  void forget_failures();
+
   std::span<const int64_t> offsets() const { return offsets_; }
   // Of all runs; one that looks at many sections counts as several: about a microsecond each.
   int64_t nodes() const { return nodes_; }

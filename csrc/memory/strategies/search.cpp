@@ -44,9 +44,15 @@ class Search {
       }
       by_time_.push_back(storage);
     }
+    int64_t saved_bytes = 0;
     for (int32_t index = 0; index < count(); ++index) {
       if (can_recompute_[index]) by_cost_.push_back(index);
+      saved_bytes += live_.bytes[by_time_[index]];
     }
+    // Half of its time on the link would be latency, or it is a small part of the average.
+    const double latency_bytes = problem.limits.copy_latency_us * problem.limits.offload_gbps * 1e3;
+    small_bytes_ = std::max<int64_t>(static_cast<int64_t>(std::min(latency_bytes, 1e15)),
+                                     count() > 0 ? saved_bytes / count() / kSmallShare : 0);
     std::ranges::stable_sort(by_cost_, {}, [&](int32_t index) {
       return live_.recompute_us[by_time_[index]] / static_cast<double>(live_.bytes[by_time_[index]]);
     });
@@ -90,6 +96,8 @@ class Search {
 
  private:
   static constexpr int kParts = 8;
+  static constexpr int kSmallShare = 16;
+  static constexpr int kRepairs = 6;
   static constexpr int kLightenings = 128;
 
   int32_t count() const { return static_cast<int32_t>(by_time_.size()); }
@@ -196,19 +204,23 @@ class Search {
     return decisions;
   }
 
-  // What is kept and could be offloaded, first written first, as far as the host has room.
+  // What is kept and could be offloaded, first written first, as far as the host has room; at the end what is so small
+  // that its copy costs the link more than it relieves the device.
   std::vector<int32_t> offload_order(const std::vector<Decision>& decisions) const {
     int64_t host_bytes = 0;
     for (int32_t storage : by_time_) {
       if (decisions[storage] == Decision::kOffload) host_bytes += live_.bytes[storage];
     }
     std::vector<int32_t> order;
-    for (int32_t index = 0; index < count(); ++index) {
-      const int32_t storage = by_time_[index];
-      if (!can_offload_[index] || decisions[storage] != Decision::kKeep) continue;
-      if (live_.bytes[storage] > problem_.limits.host_bytes - host_bytes) continue;
-      host_bytes += live_.bytes[storage];
-      order.push_back(storage);
+    for (const bool is_small : {false, true}) {
+      for (int32_t index = 0; index < count(); ++index) {
+        const int32_t storage = by_time_[index];
+        if (!can_offload_[index] || decisions[storage] != Decision::kKeep) continue;
+        if ((live_.bytes[storage] < small_bytes_) != is_small) continue;
+        if (live_.bytes[storage] > problem_.limits.host_bytes - host_bytes) continue;
+        host_bytes += live_.bytes[storage];
+        order.push_back(storage);
+      }
     }
     return order;
   }
@@ -233,9 +245,11 @@ class Search {
     const int32_t all = static_cast<int32_t>(order.size());
     const int32_t needed = scheduler_.offloads_needed(decisions, order, problem_.device_bytes);
     if (needed > all) return;
+    const int32_t large = static_cast<int32_t>(
+        std::ranges::count_if(order, [&](int32_t storage) { return live_.bytes[storage] >= small_bytes_; }));
     int32_t before = -1;
-    for (int32_t offloaded : {needed, needed + (all - needed) / 4, needed + (all - needed) / 2, all}) {
-      if (offloaded == before) continue;
+    for (int32_t offloaded : {needed, needed + (all - needed) / 4, needed + (all - needed) / 2, large, all}) {
+      if (offloaded <= before) continue;
       before = offloaded;
       std::vector<Decision> tried = decisions;
       for (int32_t index = 0; index < offloaded; ++index) tried[order[index]] = Decision::kOffload;
@@ -246,13 +260,33 @@ class Search {
     }
   }
 
-  // Where it does not fit, offloads more, or (where nothing may be copied) computes more again.
-  bool rate_repaired(std::vector<Decision>& decisions) {
+  // Where it does not fit, offloads more, or computes more again of what is live at the peak, cheapest first.
+  bool rate_repaired(const std::vector<Decision>& decisions) {
+    bool improved = false;
     const std::vector<int32_t> order = offload_order(decisions);
     const int32_t needed = scheduler_.offloads_needed(decisions, order, problem_.device_bytes);
-    if (needed > static_cast<int32_t>(order.size())) return false;
-    for (int32_t index = 0; index < needed; ++index) decisions[order[index]] = Decision::kOffload;
-    return rate(decisions);
+    if (needed <= static_cast<int32_t>(order.size())) {
+      std::vector<Decision> repaired = decisions;
+      for (int32_t index = 0; index < needed; ++index) repaired[order[index]] = Decision::kOffload;
+      improved = rate(repaired);
+      if (needed == 0) return improved;
+    }
+    std::vector<Decision> repaired = decisions;
+    for (int round = 0; round < kRepairs; ++round) {
+      const Schedule& schedule = scheduler_.measure(repaired);
+      if (schedule.least_device_bytes <= problem_.device_bytes) return rate(repaired) || improved;
+      if (schedule.least_device_bytes == kUnlimited) return improved;
+      int64_t excess = schedule.least_device_bytes - problem_.device_bytes;
+      for (int32_t index : by_cost_) {
+        const int32_t storage = by_time_[index];
+        if (excess <= 0) break;
+        if (repaired[storage] != Decision::kKeep || !scheduler_.would_be_absent(storage, schedule.short_at)) continue;
+        repaired[storage] = Decision::kRecompute;
+        excess -= live_.bytes[storage];
+      }
+      if (excess > 0) return improved;
+    }
+    return improved;
   }
 
   void descend() {
@@ -351,6 +385,7 @@ class Search {
 
   std::vector<int32_t> by_time_;  // storages with a choice; other orders hold positions in this one
   std::vector<char> can_offload_, can_recompute_;
+  int64_t small_bytes_ = 0;
   std::vector<int32_t> by_cost_;  // that can be computed again, by microseconds per byte
   std::vector<int64_t> chain_bytes_, cut_bytes_;
   std::vector<int32_t> cut_;

@@ -366,8 +366,16 @@ void add_to(const Tensor& sum, const Tensor& term) {
   sum.scalar_type() == ScalarType::Double ? add_elements<double>(sum, term) : add_elements<float>(sum, term);
 }
 
-// A strided 1x1 window reads single inputs. ATen gets those alone, with stride 1: oneDNN (in torch 2.11 to 2.13) leaves
-// lanes of its own copy of them unwritten where the channels are no multiple of its vector, and adds them in.
+// A strided 1x1 window reads single inputs, of which oneDNN makes a copy. In torch 2.11 to 2.13 it leaves lanes of that
+// copy unwritten where channels_last channels do not fill its vectors, and adds them in: ATen then gets those inputs
+// alone, with stride 1.
+bool onednn_adds_unwritten_lanes(const Tensor& input, const ConvCall& call) {
+  constexpr int64_t kLargestVector = 16;
+  const Pair stride = call.window.stride;
+  return call.weight_size[2] == 1 && call.weight_size[3] == 1 && (stride[0] > 1 || stride[1] > 1) &&
+         is_channels_last(input) && call.weight_size[1] % kLargestVector != 0;
+}
+
 struct Samples {
   int64_t out_begin;
   int64_t count;
@@ -412,16 +420,16 @@ Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_inpu
   if (grad_output.numel() != 0 && input.numel() != 0 && call.weight_size[1] != 0) {
     const Tensor unread = new_contiguous(grad_output, call.weight_size, type);
     const auto add = [&](const Tensor& gradient, const Tensor& read, const Pair& padding, const ConvCall& of) {
-      const Tensor term = torch::stable::contiguous(
-          aten_convolution_backward(gradient, read, unread, padding, of, Gradient::kWeight));
+      const Tensor term =
+          torch::stable::contiguous(aten_convolution_backward(gradient, read, unread, padding, of, Gradient::kWeight));
       if (sum.has_value()) {
         add_to(*sum, term);
       } else {
         sum = term;
       }
     };
-    const Pair stride = call.window.stride;
-    if (call.weight_size[2] == 1 && call.weight_size[3] == 1 && (stride[0] > 1 || stride[1] > 1)) {
+    if (onednn_adds_unwritten_lanes(input, call)) {
+      const Pair stride = call.window.stride;
       ConvCall of_samples = call;
       of_samples.window.stride = {1, 1};
       for (size_t i = 0; i + 1 < call.bounds.in_rows.size(); ++i) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -294,6 +295,7 @@ class Judge {
     std::map<Pool, int64_t> peak, bound;
     for (size_t a = 0; a < plan_.residencies.size(); ++a) {
       const Residency& x = plan_.residencies[a];
+      demand(x.offset_bytes <= std::numeric_limits<int64_t>::max() - x.size_bytes, "an end beyond every address");
       peak[x.pool] = std::max(peak[x.pool], x.offset_bytes + x.size_bytes);
       for (size_t b = 0; b < a; ++b) {
         const Residency& y = plan_.residencies[b];

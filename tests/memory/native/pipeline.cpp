@@ -40,7 +40,7 @@ class Gate {
   bool open_ = false;
 };
 
-// Counts the chunks of each stream that are enqueued and not done.
+// Counts the chunks of each stream that are enqueued and not done, and tells when the pipeline does something.
 class CountingStreams final : public StreamBackend {
  public:
   explicit CountingStreams(ThreadedStreams& streams) : streams_(streams) {}
@@ -66,10 +66,19 @@ class CountingStreams final : public StreamBackend {
     return streams_.create_event();
   }
   void destroy_event(EventId event) noexcept override { streams_.destroy_event(event); }
-  void record(EventId event, StreamId stream) override { streams_.record(event, stream); }
-  void wait(StreamId stream, EventId event) override { streams_.wait(stream, event); }
+  void record(EventId event, StreamId stream) override {
+    streams_.record(event, stream);
+    if (stream == StreamId::kCompute && on_compute_record) on_compute_record();
+  }
+  void wait(StreamId stream, EventId event) override {
+    streams_.wait(stream, event);
+    if (stream == StreamId::kCompute && on_compute_wait) on_compute_wait();
+  }
   bool query(EventId event) override { return streams_.query(event); }
-  void synchronize(EventId event) override { streams_.synchronize(event); }
+  void synchronize(EventId event) override {
+    if (on_synchronize) on_synchronize();
+    streams_.synchronize(event);
+  }
   void require_ok(StreamId stream) override { streams_.require_ok(stream); }
   void drain() noexcept override { streams_.drain(); }
   void reset() noexcept override { streams_.reset(); }
@@ -77,6 +86,9 @@ class CountingStreams final : public StreamBackend {
   std::atomic<int32_t> most_waiting = 0;
   std::atomic<int64_t> copies = 0;
   int64_t events_until_failure = 0;
+  std::function<void()> on_compute_record;
+  std::function<void()> on_compute_wait;
+  std::function<void()> on_synchronize;  // also by feeders
 
  private:
   ThreadedStreams& streams_;
@@ -154,12 +166,26 @@ CHECK_NAMED(pipeline_threaded_streams, "pipeline: streams on host memory keep th
   check::equal(std::ssize(seen), 21, "calls after the destructor");
   check::require(std::ranges::is_sorted(seen), "calls in order");
 
+  ThreadedStreams streams;
+  {
+    // The latest record counts, whichever passes last.
+    const EventId twice = streams.create_event();
+    Gate gate;
+    streams.call(StreamId::kCompute, [&gate] { gate.pass(); });
+    streams.record(twice, StreamId::kCompute);
+    check::require(!streams.query(twice), "an event has passed before its stream came there");
+    streams.record(twice, StreamId::kPrefetch);
+    streams.synchronize(twice);
+    gate.open();
+    streams.drain();
+    check::require(streams.query(twice), "an earlier record has undone a later one");
+  }
+
   check::refuses([] { ThreadedStreams({.max_delay_us = -1}); }, {"max_delay_us", "-1"});
   check::refuses([] { ThreadedStreams({.piece_bytes = 0}); }, {"piece_bytes", "0"});
   check::refuses(
       [] { ThreadedStreams({.priority = std::array{StreamId::kCompute, StreamId::kCompute, StreamId::kOffload}}); },
       {"priority", "compute 2 times"});
-  ThreadedStreams streams;
   check::refuses([&] { streams.record(7, StreamId::kCompute); }, {"event 7"});
 }
 
@@ -360,6 +386,23 @@ CHECK_NAMED(pipeline_compute_fails, "pipeline: a failing operation is named, and
   }
 }
 
+CHECK_NAMED(pipeline_compute_failure_is_seen, "pipeline: a failure of the compute stream ends the step at once") {
+  RoundTrip trip(100);
+  ThreadedStreams streams;
+  CopyPipeline pipeline(streams, trip.plan, trip.arenas());
+  pipeline.at_boundary(0);
+  streams.call(StreamId::kCompute, [] { throw std::runtime_error("out of luck"); });
+  streams.drain();
+  check::refuses([&] { pipeline.at_boundary(1); }, {"out of luck"});
+  trip.step(pipeline, streams, 6);
+  pipeline.synchronize();
+  streams.drain();
+  check::equal(trip.counts.at(0), 100, "bytes that came back in the next step");
+  streams.call(StreamId::kCompute, [] { throw std::runtime_error("out of luck again"); });
+  streams.drain();
+  check::refuses([&] { pipeline.synchronize(); }, {"out of luck again"});
+}
+
 CHECK_NAMED(pipeline_checksums, "pipeline: a storage that comes back changed is named") {
   for (const int32_t corrupted : {0, 499, 3}) {
     RoundTrip trip(500);
@@ -386,6 +429,82 @@ CHECK_NAMED(pipeline_checksums, "pipeline: a storage that comes back changed is 
     streams.drain();
     check::equal(trip.counts.back(), 500, "bytes that came back in the next step");
   }
+}
+
+CHECK_NAMED(pipeline_failure_of_an_earlier_copy, "pipeline: a chunk that fails while the next copy is fed is named") {
+  // Two storages leave at boundary 1, the first in one chunk.
+  Plan plan;
+  plan.storages = {{.size_bytes = 10, .members = {0}}, {.size_bytes = 90, .members = {1}}};
+  plan.instances.resize(2);
+  plan.boundaries.resize(3);
+  plan.residencies = {{.storage = 0, .pool = Pool::kDevice, .size_bytes = 10, .begin = 0, .end = 2},
+                      {.storage = 0, .pool = Pool::kHost, .size_bytes = 10, .begin = 1, .end = 2},
+                      {.storage = 1, .pool = Pool::kDevice, .offset_bytes = 10, .size_bytes = 90, .begin = 0, .end = 2},
+                      {.storage = 1, .pool = Pool::kHost, .offset_bytes = 10, .size_bytes = 90, .begin = 1, .end = 2}};
+  plan.copies = {
+      {.kind = CopyKind::kOffload, .storage = 0, .source = 0, .destination = 1, .issue = 1, .wait = 2, .after = {}},
+      {.kind = CopyKind::kOffload, .storage = 1, .source = 2, .destination = 3, .issue = 1, .wait = 2, .after = {}}};
+  plan.boundaries[1].issues = {0, 1};
+  plan.boundaries[2].waits = {0, 1};
+  std::vector<unsigned char> device(100);
+  std::vector<unsigned char> host(100);
+  ThreadedStreams streams;
+  CountingStreams counting(streams);
+  Gate gate;
+  CopyPipeline pipeline(counting, plan,
+                        {.device = device.data(), .device_bytes = 100, .host = host.data(), .host_bytes = 100},
+                        {.chunk_bytes = 10, .max_in_flight = 1});
+  pipeline.at_boundary(0);
+  streams.call(StreamId::kCompute, [&gate] { gate.pass(); });
+  pipeline.at_boundary(1);
+  streams.fail_copy(1);
+  counting.on_compute_wait = [&gate] { gate.open(); };  // the calling thread has looked for failures, in vain
+  try {
+    pipeline.at_boundary(2);
+    check::require(false, "nothing was thrown");
+  } catch (const CopyFailed& error) {
+    check::equal(error.copy, 0, "failed copy");
+  }
+}
+
+CHECK_NAMED(pipeline_failure_of_the_last_step, "pipeline: what went wrong is seen before the copy is issued again") {
+  // As a round trip, but the prefetch is issued one instance later: instance 2 spoils the host's bytes.
+  RoundTrip trip(100);
+  trip.plan.instances.resize(5);
+  trip.plan.boundaries.resize(6);
+  trip.plan.boundaries[2].issues.clear();
+  trip.plan.boundaries[3] = {.waits = {}, .issues = {1}};
+  trip.plan.boundaries[4].waits = {1};
+  trip.plan.copies[1].issue = 3;
+  trip.plan.copies[1].wait = 4;
+  trip.plan.residencies[1].end = 4;
+  trip.plan.residencies[2] = {
+      .storage = 0, .pool = Pool::kDevice, .offset_bytes = 100, .size_bytes = 100, .begin = 3, .end = 5};
+  ThreadedStreams streams;
+  CountingStreams counting(streams);
+  Gate gate;
+  CopyPipeline pipeline(counting, trip.plan, trip.arenas(), {.checksums = true});
+  for (int32_t boundary = 0; boundary < 6; ++boundary) {
+    // The prefetch does not come through before the next step wants to issue it.
+    if (boundary == 3) streams.call(StreamId::kPrefetch, [&gate] { gate.pass(); });
+    pipeline.at_boundary(boundary);
+    if (boundary == 2) streams.call(StreamId::kCompute, [&trip] { trip.host[50] ^= 1; });
+  }
+  for (int32_t boundary = 0; boundary < 3; ++boundary) pipeline.at_boundary(boundary);
+  counting.on_synchronize = [&gate] { gate.open(); };
+  counting.on_compute_record = [&] {
+    gate.open();
+    streams.drain();
+  };
+  check::refuses(
+      [&] {
+        pipeline.at_boundary(3);
+        counting.on_compute_record = nullptr;
+        pipeline.at_boundary(4);
+        pipeline.at_boundary(5);
+        pipeline.synchronize();
+      },
+      {"prefetch of storage 0", "not those that copy 0 read"});
 }
 
 CHECK_NAMED(pipeline_poison, "pipeline: bytes whose residency has ended are poisoned") {

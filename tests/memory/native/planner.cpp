@@ -64,15 +64,15 @@ CHECK_NAMED(planner_all_strategies, "planner: all strategies, proven right, defa
   int found = 0;
   for (const Graph& graph : graphs::small_training_steps()) {
     const int64_t all = device_bytes_of(proven(graph, {}, "none"));
-    for (double gbps : {0.0, 0.5, 5.0}) {
-      for (int percent : {100, 85, 70, 55}) {
+    for (double gbps : {0.0, 1.0}) {
+      for (int percent : {85, 60}) {
         found += compare(
             graph,
             {.device_bytes = all / 100 * percent, .offload_gbps = gbps, .prefetch_gbps = gbps, .copy_latency_us = 0.5});
       }
     }
   }
-  check::require(found > 100, "plans were found: " + std::to_string(found));
+  check::require(found > 40, "plans were found: " + std::to_string(found));
 }
 
 CHECK_NAMED(planner_host_budget, "planner: the host budget is kept, and named where it is too small") {

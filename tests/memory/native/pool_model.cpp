@@ -149,7 +149,7 @@ class Model {
 
   int64_t any_size() {
     int64_t size = 1 + below(16);
-    while (below(4) != 0) size *= 2;
+    while (size < setting_.largest_bytes && below(4) != 0) size *= 2;
     return std::min(size * (1 + below(64)), setting_.largest_bytes);
   }
 
@@ -383,13 +383,11 @@ class Model {
   const Setting setting_;
   std::mt19937_64 random_;
   Clocks clocks_;
-  std::shared_ptr<MemoryPool> pool_;
   std::vector<int64_t> known_ = {0};
   int64_t next_stream_ = 1;
   std::map<int64_t, int64_t> blocks_;  // address to size
   std::map<int64_t, Live> live_;
   std::map<int64_t, Freed> freed_;  // begin to the rest: who freed these bytes last
-  std::vector<Arena> arenas_;
   int64_t next_block_ = 1 << 20;
   int64_t held_bytes_ = 0;
   bool upstream_failed_ = false;
@@ -397,6 +395,9 @@ class Model {
   int64_t total_ = 0;
   int64_t refused_ = 0;
   int64_t waits_ = 0;
+  // Last, so first to end: their end calls the upstream.
+  std::shared_ptr<MemoryPool> pool_;
+  std::vector<Arena> arenas_;
 };
 
 }  // namespace

@@ -339,6 +339,14 @@ CHECK_NAMED(assignment_accumulation,
     assigns(graph, in_place);
   }
   {
+    Graph graph = shares_of_two();  // the product is changed after the producer has run
+    Operation change = reader(0);
+    change.writes = {4};
+    graph.tensors.push_back({.name = "part", .storage = 2, .sizes = {3}, .strides_bytes = {1}});
+    insert(graph, 2, change);
+    assigns(graph, in_place);
+  }
+  {
     Graph graph = shares_of_two();  // one of both is returned
     graph.storages[2].is_output = true;
     assigns(graph, in_place);
@@ -369,6 +377,15 @@ CHECK_NAMED(assignment_accumulation,
     Graph graph = shares_of_two();  // more than a sum
     graph.operations[2].is_random = true;
     assigns(graph, in_place);
+  }
+  {
+    Graph graph = shares(3).graph;  // a sum that is not run adds to nothing, whatever it could
+    // make0, make1, make2, sum1, sum2: the second sum could only be left to the first.
+    std::stable_partition(graph.operations.begin(), graph.operations.end(),
+                          [](const Operation& operation) { return !operation.is_sum; });
+    graph.operations[2].accumulates = {};
+    graph.operations[3].accumulates = {0};
+    assigns(graph, "w0>w1>s1>s2; sum1<make1");
   }
   {
     // Sums as a tree: those of the leaves need not run, the one above adds in place.

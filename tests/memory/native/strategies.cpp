@@ -5,7 +5,10 @@
 #include <cstdio>
 
 #include "graphs.h"
+#include "memory/errors.h"
+#include "memory/planner.h"
 #include "memory/storage_assignment.h"
+#include "memory/validator.h"
 #include "native/check.h"
 
 using namespace splitkern::memory;
@@ -90,6 +93,20 @@ double exhaustive(const Case& c, int64_t device_bytes, Scheduler& scheduler) {
   return best;
 }
 
+// The plan is right, and predicted by the simulator to take as long as the scheduler says, unless it got no addresses.
+void check_plan(const Graph& graph, const Limits& limits, const Proposal& proposal, int& placed) {
+  try {
+    const Plan found = plan(graph, limits);
+    const std::vector<Violation> violations = find_violations(graph, found);
+    check::require(violations.empty(), graph.name + ": " + (violations.empty() ? "" : violations[0].text));
+    const double more = found.predicted.step_us / proposal.step_us - 1;
+    check::require(more > -1e-9, graph.name + ": the plan is no faster than its schedule");
+    placed += more < 1e-9;
+  } catch (const Infeasible& error) {
+    check::require(error.smallest_feasible_bytes > limits.device_bytes, graph.name + ": addresses need more");
+  }
+}
+
 }  // namespace
 
 CHECK_NAMED(strategies_exhaustive,
@@ -98,6 +115,7 @@ CHECK_NAMED(strategies_exhaustive,
   int optimal = 0;
   double sum = 0;
   double worst = 0;
+  int placed = 0;
   for (uint32_t seed = 1; seed <= 60; ++seed) {
     const double gbps = 0.05 * (1 << seed % 4);
     const Case c(random_step(seed), {.offload_gbps = gbps, .prefetch_gbps = gbps, .copy_latency_us = 1});
@@ -112,6 +130,9 @@ CHECK_NAMED(strategies_exhaustive,
       check::require(found == (least < std::numeric_limits<double>::infinity()),
                      c.graph.name + ": feasible exactly where some decision is");
       if (!found) continue;
+      Limits limits = c.limits;
+      limits.device_bytes = budget + c.live.resident_bytes;
+      check_plan(c.graph, limits, proposals.front(), placed);
       const double gap = proposals.front().step_us / least - 1;
       check::require(gap > -1e-9, "no proposal is better than the best");
       ++compared;
@@ -120,6 +141,7 @@ CHECK_NAMED(strategies_exhaustive,
       worst = std::max(worst, gap);
     }
   }
+  check::require(placed * 10 >= compared * 8, "the best proposal nearly always finds addresses");
   std::printf("%d steps: %d optimal, mean gap %.4f %%, worst %.4f %%\n", compared, optimal, 100 * sum / compared,
               100 * worst);
   check::require(compared > 50, "enough budgets were feasible");

@@ -76,6 +76,10 @@ CHECK_NAMED(pool_cuda_exhausted, "pool on CUDA: a full device is an error with t
   check::equal(static_cast<int>(cudaGetLastError()), static_cast<int>(cudaSuccess), "error that stays behind");
   pool->free(pool->allocate(kMiB));
   check::refuses([] { cuda::DeviceUpstream(1 << 20); }, {"device must be below the count of devices"});
+  const auto per_thread = static_cast<int64_t>(reinterpret_cast<uintptr_t>(cudaStreamPerThread));
+  pool->add_stream(per_thread);
+  void* const one = pool->allocate(kMiB, per_thread);
+  check::refuses([&] { pool->free(one, per_thread); }, {"cudaStreamPerThread"});
 }
 
 CHECK_NAMED(pool_cuda_order,

@@ -1,0 +1,379 @@
+"""Runs a captured step by its plan: operations on views of a device arena, copies beside them.
+
+What the plan's parameters pool holds (parameters, buffers, inputs, gradients of parameters) lies outside: it is the
+caller's, or is handed to the caller. On the CPU ordinary memory stands for the device's, and threads for its copy
+engines, so that everything here runs for real anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from splitkern import _core
+from splitkern.memory.capture import CapturedOperation, CapturedStep
+from splitkern.memory.record import Read, Write
+from splitkern.memory.rewrite import Blank, Call
+
+_ALIGNMENT_BYTES = 512
+
+
+@dataclass(frozen=True)
+class ExecutorOptions:
+    """How copies run, and what is checked.
+
+    Attributes:
+        chunk_bytes: largest piece of a copy.
+        copies_in_flight: pieces of one direction that are under way at a time.
+        debug: compare every offloaded storage on its way back with what left, and fill freed bytes with NaN.
+        max_delay_us: on the CPU, every action of a copy rests for a random time up to this, to shake the order.
+        seed: of these delays.
+    """
+
+    chunk_bytes: int = 16 << 20
+    copies_in_flight: int = 2
+    debug: bool = False
+    max_delay_us: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """A tensor of the step that is bound anew in every step: place of its storage, and the view of it."""
+
+    place: int
+    tensor: int
+
+
+class _Instance:
+    """An operation with everything bound that stays the same from step to step."""
+
+    def __init__(
+        self,
+        operation: CapturedOperation,
+        call: Call,
+        reads: Sequence[Tensor | _Outside],
+        writes: Sequence[Tensor | _Outside],
+    ) -> None:
+        self.name = operation.name
+        self.overload = call.overload
+        self.reads, self.writes = reads, writes
+        self.preload = call.preload
+        self.results = call.results
+        self.is_fixed = not any(isinstance(tensor, _Outside) for tensor in (*reads, *writes))
+        self.call = call
+        self.arguments: tuple[Any, Any] | None = self._bind(reads, writes) if self.is_fixed else None
+
+    def _bind(self, reads: Sequence[Any], writes: Sequence[Any]) -> tuple[Any, Any]:
+        device = next((tensor.device for tensor in (*reads, *writes) if isinstance(tensor, Tensor)), None)
+
+        def blank(value: Blank) -> Tensor:
+            # Only its shape matters: one element serves all.
+            return torch.zeros((), dtype=value.dtype, device=device).expand(value.sizes)
+
+        given: Any = (self.call.args, self.call.kwargs)
+        given = tree_map_only(Blank, blank, given)
+        given = tree_map_only(Read, lambda read: reads[read.position], given)
+        bound: tuple[Any, Any] = tree_map_only(Write, lambda write: writes[write.position], given)
+        return bound
+
+    def run(self, bind: Callable[[_Outside], Tensor]) -> None:
+        reads, writes = self.reads, self.writes
+        arguments = self.arguments
+        if arguments is None:
+            reads = [bind(tensor) if isinstance(tensor, _Outside) else tensor for tensor in reads]
+            writes = [bind(tensor) if isinstance(tensor, _Outside) else tensor for tensor in writes]
+            arguments = self._bind(reads, writes)
+        for read, write in self.preload:
+            writes[write].copy_(reads[read])  # type: ignore[union-attr, arg-type]
+        returned = self.overload(*arguments[0], **arguments[1])
+        if not self.results:
+            return
+        values = returned if isinstance(returned, (tuple, list)) else (returned,)
+        for value, place in zip(values, self.results, strict=False):
+            # A gradient that nobody asked for is None, though its shape rule says otherwise.
+            if place is not None and value is not None:
+                writes[place].copy_(value)  # type: ignore[union-attr]
+
+
+class StepExecutor:
+    """Runs one captured step by one plan, step after step.
+
+    The arenas are allocated once and kept until the executor goes. One step at a time: `forward`, then `backward` or
+    `abort`. Not thread-safe.
+
+    Args:
+        step: captured with ``given_gradients=True``.
+        graph: of the step.
+        plan: for that graph; it is validated here.
+        options: of copies and checks.
+
+    Raises:
+        splitkern._core.InvalidPlan: the plan is wrong for the graph.
+        ValueError: the step has its loss inside.
+    """
+
+    def __init__(
+        self, step: CapturedStep, graph: _core.Graph, plan: _core.Plan, options: ExecutorOptions | None = None
+    ) -> None:
+        if step.loss >= 0:
+            raise ValueError("step must be captured with given_gradients=True, got one with its loss inside")
+        _core.validate(graph, plan)
+        self.step, self.plan = step, plan
+        self.options = options = ExecutorOptions() if options is None else options
+        self._storage_of = [0] * len(step.storages)
+        for number, storage in enumerate(plan.storages):
+            for member in storage.members:
+                self._storage_of[member] = number
+        self._device_arena = _arena(plan.predicted.device_peak_bytes, step.device)
+        self._host_arena = _arena(
+            plan.predicted.host_peak_bytes, torch.device("cpu"), pinned=step.device.type == "cuda"
+        )
+        self._bound: dict[int, Tensor] = {}
+        self._sources = self._outside_storages()
+        operations = [step.operations[instance.operation] for instance in plan.instances]
+        self._instances = self._bind_instances()
+        self._begin_of_backward = next(
+            (
+                number
+                for number, (instance, operation) in enumerate(zip(plan.instances, operations, strict=True))
+                if instance.is_recomputation or operation.is_backward
+            ),
+            len(operations),
+        )
+        self._outputs = self._bind_outputs()
+        self._pipeline = self._make_pipeline()
+        self._is_between = False
+
+    def _make_pipeline(self) -> _core.CopyPipeline | None:
+        if not self.plan.copies and not self.options.debug:
+            return None
+        options = self.options
+        arenas: dict[str, Any] = {
+            "device": self._device_arena.data_ptr(),
+            "device_bytes": self._device_arena.numel(),
+            "host": self._host_arena.data_ptr(),
+            "host_bytes": self._host_arena.numel(),
+        }
+        common: dict[str, Any] = {
+            "chunk_bytes": options.chunk_bytes,
+            "max_in_flight": options.copies_in_flight,
+            "checksums": options.debug,
+            "poison": options.debug,
+        }
+        device = self.step.device
+        if device.type == "cpu":
+            return _core.CopyPipeline.on_host(
+                self.plan, **arenas, **common, seed=options.seed, max_delay_us=options.max_delay_us
+            )
+        stream = torch.cuda.current_stream(device)
+        return _core.CopyPipeline.on_cuda(
+            self.plan, **arenas, **common, device_index=stream.device_index, compute_stream=stream.cuda_stream
+        )
+
+    # --- what is bound once --------------------------------------------------------------------------------------
+
+    def _outside_storages(self) -> dict[int, str]:
+        """What is bound in every step: planned storage to the name that it is given under; gradients have none."""
+        names: dict[int, str] = {}
+        step = self.step
+        for places in (step.parameters, step.inputs):
+            for name, place in places.items():
+                names.setdefault(self._storage_of[step.tensors[place].storage], name)
+        for place in step.constants:
+            names.setdefault(self._storage_of[step.tensors[place].storage], "")
+        for residency in self.plan.residencies:
+            if residency.pool == _core.PoolKind.PARAMETERS:
+                names.setdefault(residency.storage, "")
+        return names
+
+    def _view(self, arena: Tensor, offset_bytes: int, place: int) -> Tensor:
+        tensor = self.step.tensors[place]
+        size_bytes = self.step.storages[tensor.storage].size_bytes
+        item = tensor.element_bytes
+        usable = arena[offset_bytes : offset_bytes + size_bytes // item * item].view(tensor.dtype)
+        return usable.as_strided(tensor.sizes, tensor.strides, usable.storage_offset() + tensor.offset_bytes // item)
+
+    def _view_at(self, place: int, boundary: int) -> Tensor | _Outside:
+        """The tensor where the plan has it when the instance behind a boundary runs."""
+        storage = self._storage_of[self.step.tensors[place].storage]
+        if storage in self._sources:
+            return _Outside(storage, place)
+        for residency in self._residencies.get(storage, ()):
+            if residency.begin <= boundary < residency.end:
+                return self._view(self._device_arena, residency.offset_bytes, place)
+        raise AssertionError(f"a valid plan has storage {storage} on the device at boundary {boundary}")
+
+    def _bind_instances(self) -> list[_Instance]:
+        self._residencies: dict[int, list[_core.Residency]] = {}
+        for residency in self.plan.residencies:
+            if residency.pool == _core.PoolKind.DEVICE and residency.storage >= 0:
+                self._residencies.setdefault(residency.storage, []).append(residency)
+        bound = []
+        for number, instance in enumerate(self.plan.instances):
+            operation = self.step.operations[instance.operation]
+            call = operation.call if operation.out_call is None else operation.out_call
+            reads = [self._view_at(place, number) for place in operation.reads]
+            writes = [self._view_at(place, number) for place in operation.writes]
+            if instance.accumulate:
+                call = _accumulating(operation, call)
+            bound.append(_Instance(operation, call, reads, writes))
+        return bound
+
+    def _bind_outputs(self) -> dict[int, list[tuple[int, Tensor | _Outside]]]:
+        """What the model returns, by the instance of the forward part that writes it last: it may leave after that."""
+        found: dict[int, list[tuple[int, Tensor | _Outside]]] = {}
+        for position, place in enumerate(self.step.outputs):
+            storage = self.step.tensors[place].storage
+            writers = [
+                number
+                for number, instance in enumerate(self.plan.instances[: self._begin_of_backward])
+                if any(self.step.tensors[w].storage == storage for w in self.step.operations[instance.operation].writes)
+            ]
+            last = writers[-1] if writers else self._begin_of_backward - 1
+            found.setdefault(last, []).append((position, self._view_at(place, last)))
+        return found
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_between(self) -> bool:
+        """Whether a forward pass has run whose backward pass has not."""
+        return self._is_between
+
+    def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Runs the forward part.
+
+        Args:
+            parameters: parameters and buffers by qualified name; buffers are updated in place.
+            inputs: as captured.
+
+        Returns:
+            What the model returns, in memory of its own.
+
+        Raises:
+            RuntimeError: the backward pass of an earlier forward pass is still to come.
+            splitkern._core.CopyFailed: an offload or prefetch failed; the executor is ready for the next step.
+        """
+        if self._is_between:
+            raise RuntimeError(
+                "the backward pass of the last forward pass has not run: one plan serves one step at a time; "
+                "call backward(), or drop the outputs, before the next forward pass"
+            )
+        self._bound = {}
+        for name, place in self.step.parameters.items():
+            self._bind(place, parameters[name].detach(), copies=False)
+        for number, value in enumerate(inputs):
+            name = f"input.{number}"
+            if name in self.step.inputs:
+                self._bind(self.step.inputs[name], value.detach())
+        for place, value in self.step.constants.items():
+            self._bind(place, value.detach())
+        outputs: dict[int, Tensor] = {}
+        begin = 0
+        for last, written in sorted(self._outputs.items()):
+            self._run(begin, last + 1)
+            begin = last + 1
+            for position, view in written:
+                outputs[position] = self._resolve(view).clone()
+        self._run(begin, self._begin_of_backward)
+        self._is_between = True
+        return [outputs[position] for position in range(len(outputs))]
+
+    def backward(self, grad_outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Runs the rest.
+
+        Args:
+            grad_outputs: gradients of what `forward` returned and can have one, in order.
+
+        Returns:
+            Gradients by name of the parameter or input, in memory of their own.
+        """
+        if not self._is_between:
+            raise RuntimeError("backward must follow a forward pass whose backward pass has not run")
+        for number, value in enumerate(grad_outputs):
+            self._bind(self.step.inputs[f"grad_output.{number}"], value.detach())
+        self._run(self._begin_of_backward, len(self._instances))
+        if self._pipeline is not None:
+            self._pipeline.at_boundary(len(self._instances))
+        gradients = {
+            name: self._resolve(self._view_at(place, len(self._instances)))
+            for name, place in self.step.gradients.items()
+        }
+        self._bound = {}
+        self._is_between = False
+        return gradients
+
+    def abort(self) -> None:
+        """Gives up a step whose backward pass will not come; without effect between steps."""
+        if self._pipeline is not None:
+            self._pipeline.abort()
+        self._bound = {}
+        self._is_between = False
+
+    def _run(self, begin: int, end: int) -> None:
+        pipeline, resolve = self._pipeline, self._resolve
+        try:
+            # What was captured lies below autocast: its casts are operations.
+            with torch.no_grad(), torch.autocast(self.step.device.type, enabled=False):
+                for number in range(begin, end):
+                    if pipeline is not None:
+                        pipeline.at_boundary(number)
+                    self._instances[number].run(resolve)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _bind(self, place: int, value: Tensor, *, copies: bool = True) -> None:
+        """Takes a caller's tensor for a storage; one of another layout is copied."""
+        tensor = self.step.tensors[place]
+        if tuple(value.shape) != tensor.sizes or value.dtype != tensor.dtype or value.device != self.step.device:
+            raise ValueError(
+                f"{tensor.name} must be of shape {list(tensor.sizes)}, type {tensor.dtype}, on {self.step.device}, "
+                f"got {list(value.shape)}, {value.dtype}, on {value.device}"
+            )
+        if not _same_strides(value, tensor.strides):
+            if not copies:
+                raise ValueError(f"{tensor.name} must have strides {list(tensor.strides)}, got {list(value.stride())}")
+            value = torch.empty_strided(tensor.sizes, tensor.strides, dtype=value.dtype, device=value.device).copy_(
+                value
+            )
+        self._bound[self._storage_of[tensor.storage]] = value
+
+    def _resolve(self, tensor: Tensor | _Outside) -> Tensor:
+        if isinstance(tensor, Tensor):
+            return tensor
+        captured = self.step.tensors[tensor.tensor]
+        value = self._bound.get(tensor.place)
+        if value is None:  # a gradient: made at its first write, handed out at the end
+            size_bytes = self.plan.storages[tensor.place].size_bytes
+            item = captured.element_bytes
+            value = torch.empty(-(-size_bytes // item), dtype=captured.dtype, device=self.step.device)
+            self._bound[tensor.place] = value
+        if value.dtype != captured.dtype:
+            raise RuntimeError(f"{captured.name}: storage of type {value.dtype} read as {captured.dtype}")
+        offset = value.storage_offset() + captured.offset_bytes // captured.element_bytes
+        return value.as_strided(captured.sizes, captured.strides, offset)
+
+
+def _arena(size_bytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:
+    """Bytes at an aligned address."""
+    whole = torch.empty(size_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
+    skipped = -whole.data_ptr() % _ALIGNMENT_BYTES
+    return whole[skipped : skipped + size_bytes]
+
+
+def _same_strides(value: Tensor, strides: Sequence[int]) -> bool:
+    return all(size <= 1 or own == other for size, own, other in zip(value.shape, value.stride(), strides, strict=True))
+
+
+def _accumulating(operation: CapturedOperation, call: Call) -> Call:
+    """The same call, adding to what its destination holds."""
+    if call is not operation.out_call or operation.target != "conv2d_weight_grad":
+        raise RuntimeError(f"{operation.name}: cannot add to its destination")
+    return Call(call.overload, (*call.args[:-1], True), call.kwargs)

@@ -1,0 +1,379 @@
+"""compile: ordinary training loops whose steps run as planned, bit for bit, on arenas of plain memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import splitkern as sk
+from splitkern import _core
+from splitkern.memory.compile import BudgetError, compile, compiled_forward_of, uncompile_
+from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from tests.memory import models
+
+SHAKEN = ExecutorOptions(chunk_bytes=1 << 12, debug=True, max_delay_us=30)
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+def small(dropout: float = 0.0) -> nn.Module:
+    """Convolutions, batch norms, residual sums, a pooling."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), Block(8), Block(8),
+        nn.MaxPool2d(2), Block(8), Block(8), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5),
+    )  # fmt: skip
+
+
+IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def train(model: nn.Module, images: Tensor = IMAGES, steps: int = 3) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Losses, and the state after the last step with the last gradients."""
+    torch.manual_seed(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images + 0.1 * step), LABELS[: len(images)])
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+    gradients = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return losses, {**{name: value.clone() for name, value in model.state_dict().items()}, **gradients}
+
+
+def require_equal(one: Any, other: Any) -> None:
+    assert all(map(torch.equal, one[0], other[0]))
+    assert one[1].keys() == other[1].keys()
+    for name, value in one[1].items():
+        assert torch.equal(value, other[1][name]), name
+
+
+def budget_of(model: nn.Module, share: float) -> int:
+    """Parameters and the like, and a share of the activations' peak without a budget, where that is possible."""
+    compiled = compile(copy.deepcopy(model), IMAGES, budget=None, costs="paper")
+    wanted = compiled.plan.peak_bytes - int((1 - share) * compiled.plan.plan.predicted.device_peak_bytes)
+    return max(wanted, smallest_budget(model))
+
+
+def smallest_budget(model: nn.Module, images: Tensor = IMAGES) -> int:
+    with pytest.raises(BudgetError) as caught:
+        compile(copy.deepcopy(model), images, budget=1, costs="paper", link_gbps=1)
+    return caught.value.smallest_bytes
+
+
+def split_small() -> nn.Module:
+    return sk.split_(small(), IMAGES, grid=(2, 2), until="4", norm="patch")
+
+
+@pytest.mark.parametrize("make", [small, split_small])
+@pytest.mark.parametrize("share", [None, 0.7, 0.5, 0.0])
+def test_training_is_eager_training_to_the_bit(make: Callable[[], nn.Module], share: float | None) -> None:
+    model = make()
+    expected = train(copy.deepcopy(model))
+    if share is None:
+        compile(model, IMAGES, budget=None, costs="paper")
+        assert not model.plan.plan.copies
+    else:
+        budget = smallest_budget(model) if share == 0 else budget_of(model, share)
+        compile(model, IMAGES, budget=budget, costs="paper", link_gbps=1, execution=SHAKEN)
+        plan = model.plan.plan
+        assert plan.copies or any(instance.is_recomputation for instance in plan.instances)
+        assert model.plan.peak_bytes <= budget
+    require_equal(train(model), expected)
+
+
+@pytest.mark.parametrize("strategy", _core.strategy_names())
+@pytest.mark.parametrize("copies_in_flight", [1, 4])
+def test_every_strategy_and_any_number_of_copies_in_flight(strategy: str, copies_in_flight: int) -> None:
+    model = small()
+    expected = train(copy.deepcopy(model))
+    options = ExecutorOptions(
+        chunk_bytes=1 << 12, copies_in_flight=copies_in_flight, debug=True, max_delay_us=30, seed=3
+    )
+    compile(model, IMAGES, budget="1GiB", costs="paper", link_gbps=1, strategy=strategy, execution=options)
+    require_equal(train(model), expected)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_resnet18(grid: tuple[int, int] | None) -> None:
+    torch.manual_seed(0)
+    model, images = models.build("resnet18"), torch.randn(2, 3, 64, 64)
+    if grid:
+        sk.split_(model, images, grid=grid, until="layer1", norm="patch")
+    expected = train(copy.deepcopy(model), images, steps=2)
+    budget = smallest_budget(model, images)
+    compile(model, images, budget=budget, costs="paper", link_gbps=1, execution=ExecutorOptions(debug=True))
+    assert model.plan.plan.copies or any(instance.is_recomputation for instance in model.plan.plan.instances)
+    require_equal(train(model, images, steps=2), expected)
+
+
+def test_a_wait_that_is_missing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offloads of a plan, waited for at the end only: their bytes are used again while they leave."""
+    monkeypatch.setattr(_core, "validate", lambda graph, plan: None)
+    real = StepExecutor.__init__
+
+    def late(self: StepExecutor, step: Any, graph: Any, plan: _core.Plan, options: Any) -> None:
+        last = len(plan.instances)
+        offloads = {n for n, one in enumerate(plan.copies) if one.kind == _core.CopyKind.OFFLOAD}
+        boundaries = [
+            _core.Boundary(waits=[c for c in one.waits if c not in offloads], issues=one.issues)
+            for one in plan.boundaries
+        ]
+        boundaries[last] = _core.Boundary(waits=[*boundaries[last].waits, *sorted(offloads)], issues=[])
+        names = ("graph_fingerprint", "strategy", "limits", "storages", "fused", "instances", "residencies", "copies")
+        parts = {name: getattr(plan, name) for name in names}
+        real(self, step, graph, _core.Plan(**parts, boundaries=boundaries, predicted=plan.predicted), options)
+
+    monkeypatch.setattr(StepExecutor, "__init__", late)
+    options = ExecutorOptions(chunk_bytes=1 << 10, debug=True, max_delay_us=2000)
+    model = compile(small(), IMAGES, budget="1GiB", costs="paper", link_gbps=1, strategy="layerwise", execution=options)
+    with pytest.raises(_core.CopyFailed):
+        train(model)
+
+
+# --- an ordinary module -----------------------------------------------------------------------------
+
+
+def test_a_model_that_fits_is_left_alone() -> None:
+    model = compile(small(), IMAGES, budget="1GiB", costs="paper", link_gbps=1)
+    plan = model.plan.plan
+    assert not plan.copies and not any(instance.is_recomputation for instance in plan.instances)
+    assert model.plan.predicted_step_ms > 0
+
+
+def test_evaluation_and_no_grad_run_as_before() -> None:
+    model = small()
+    expected = copy.deepcopy(model)
+    compile(model, IMAGES, budget=budget_of(model, 0.5), costs="paper", link_gbps=1)
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), expected(IMAGES))
+    model.eval(), expected.eval()
+    assert torch.equal(model(IMAGES), expected(IMAGES))
+    assert torch.equal(model(IMAGES[:1]), expected(IMAGES[:1]))
+    model(IMAGES).sum().backward()  # in evaluation mode autograd does it
+    assert model.train()(IMAGES).requires_grad
+
+
+def test_everything_of_the_module_stays() -> None:
+    model = small()
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    assert compile(model, IMAGES, budget=None, costs="paper") is model
+    assert type(model) is nn.Sequential
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    other = copy.deepcopy(model)
+    require_equal(train(other), train(small()))
+    assert compiled_forward_of(other) is not compiled_forward_of(model)
+    again = pickle.loads(pickle.dumps(compiled_forward_of(model)))
+    assert again.replans == 0
+    assert uncompile_(model) is model
+    assert "forward" not in model.__dict__ and not hasattr(model, "plan")
+    require_equal(train(model), train(small()))
+    with pytest.raises(ValueError, match="not compiled"):
+        uncompile_(model)
+
+
+def test_a_split_stays_below() -> None:
+    model = split_small()
+    compile(model, IMAGES, budget=None, costs="paper")
+    uncompile_(model)
+    assert sk.config_of(model)["grid"] == [2, 2] or sk.config_of(model)["grid"] == (2, 2)
+    require_equal(train(model), train(split_small()))
+
+
+def test_dropout_draws_what_eager_training_draws() -> None:
+    model = small(dropout=0.5)
+    expected = train(copy.deepcopy(model))
+    compile(model, IMAGES, budget=budget_of(model, 0.5), costs="paper", link_gbps=1, execution=SHAKEN)
+    require_equal(train(model), expected)
+
+
+def test_gradients_accumulate_and_reach_the_input() -> None:
+    model = small()
+    expected = copy.deepcopy(model)
+    images = IMAGES.clone().requires_grad_()
+    compile(model, images, budget=None, costs="paper")
+    for one in (model, expected):
+        one(images).sum().backward()
+        one(images).square().sum().backward()
+    grad = images.grad
+    for (name, mine), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad), name
+    images.grad = None
+    model(images).sum().backward()
+    assert images.grad is not None and grad is not None and images.grad.shape == grad.shape
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = small()
+    model[0].weight.requires_grad_(False)
+    expected = train(copy.deepcopy(model))
+    compile(model, IMAGES, budget=budget_of(model, 0.5), costs="paper", link_gbps=1, execution=SHAKEN)
+    require_equal(train(model), expected)
+    assert model[0].weight.grad is None
+
+
+def test_autocast() -> None:
+    model = small()
+    expected = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        compile(model, IMAGES, budget=None, costs="paper")
+        mine, theirs = model(IMAGES), expected(IMAGES)
+    assert mine.dtype == theirs.dtype == torch.bfloat16
+    assert torch.equal(mine, theirs)
+    mine.float().sum().backward()
+    theirs.float().sum().backward()
+    for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2, msg=name)
+
+
+def test_several_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = small(), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y = self.body(x)
+            return {"wide": y, "narrow": (self.head(y), y.argmax(1))}
+
+    torch.manual_seed(0)
+    model = Two()
+    expected = copy.deepcopy(model)
+    compile(model, IMAGES, budget=None, costs="paper")
+    results = [one(IMAGES) for one in (model, expected)]
+    for result in results:
+        (result["wide"].sum() + result["narrow"][0].sum()).backward()
+    assert torch.equal(results[0]["narrow"][1], results[1]["narrow"][1])
+    assert not results[0]["narrow"][1].requires_grad
+    for (name, one), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small_names_one_that_is_not() -> None:
+    model = small()
+    with pytest.raises(BudgetError, match="smallest that would do") as caught:
+        compile(model, IMAGES, budget="20KiB", costs="paper", link_gbps=1)
+    assert caught.value.budget_bytes == 20 << 10
+    assert "forward" not in model.__dict__ and not hasattr(model, "plan")
+    compile(model, IMAGES, budget=caught.value.smallest_bytes, costs="paper", link_gbps=1)
+    with pytest.raises(BudgetError):
+        compile(small(), IMAGES, budget=caught.value.smallest_bytes - 1, costs="paper", link_gbps=1)
+
+
+def test_a_host_budget_that_is_too_small() -> None:
+    with pytest.raises(BudgetError, match=r"host_budget=30\.0 KiB is too small"):
+        compile(small(), IMAGES, budget="1GiB", host_budget="30KiB", strategy="layerwise", costs="paper", link_gbps=1)
+
+
+def test_other_shapes_are_planned_anew_or_refused() -> None:
+    model = compile(small(), IMAGES, budget=None, costs="paper")
+    forward = compiled_forward_of(model)
+    assert forward is not None and forward.replans == 0
+    expected = train(small(), IMAGES[:2])
+    require_equal(train(model, IMAGES[:2]), expected)
+    assert forward.replans == 1
+    strict = compile(small(), IMAGES, budget=None, costs="paper", strict=True)
+    with pytest.raises(ValueError, match=r"\[4, 3, 24, 24\].*\[2, 3, 24, 24\]"):
+        strict(IMAGES[:2])
+    strict(IMAGES).sum().backward()
+
+
+def test_one_step_at_a_time() -> None:
+    model = compile(small(), IMAGES, budget=None, costs="paper")
+    first = model(IMAGES)
+    with pytest.raises(RuntimeError, match="one plan serves one step at a time"):
+        model(IMAGES)
+    first.sum().backward()
+    kept = model(IMAGES)
+    del kept  # no backward pass will come
+    gc.collect()
+    model(IMAGES).sum().backward()
+    twice = model(IMAGES).sum()
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward must follow"):
+        twice.backward()
+
+
+def test_an_error_in_the_middle_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    expected = train(copy.deepcopy(model))
+    compile(model, IMAGES, budget=budget_of(model, 0.5), costs="paper", link_gbps=1, execution=SHAKEN)
+    output = model(IMAGES)
+    with pytest.raises(ZeroDivisionError):
+        output.sum() / (1 // 0)
+    del output
+    gc.collect()
+
+    forward = compiled_forward_of(model)
+    assert forward is not None
+    executor = next(iter(forward._steps.values())).executor
+    instance = executor._instances[5]
+    with monkeypatch.context() as patch:
+
+        def interrupt(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(instance, "overload", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(IMAGES)
+    fresh = small()
+    model.load_state_dict(fresh.state_dict())
+    model.zero_grad()
+    require_equal(train(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"budget": "much"}, ValueError, "much"),
+        ({"budget": -1}, ValueError, "budget"),
+        ({"budget": None, "strategy": "magic"}, ValueError, "strategy"),
+        ({"budget": None, "costs": "toaster"}, ValueError, "toaster"),
+        ({"budget": None, "link_gbps": 0}, ValueError, "link_gbps"),
+        ({"budget": None, "optimizer_bytes": -1}, ValueError, "optimizer_bytes"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    model = small()
+    with pytest.raises(error, match=text):
+        compile(model, IMAGES, **options)
+    assert "forward" not in model.__dict__
+
+
+def test_models_that_cannot_be_compiled() -> None:
+    with pytest.raises(TypeError, match="Module"):
+        compile(len, IMAGES, budget=None)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="evaluation mode"):
+        compile(small().eval(), IMAGES, budget=None)
+    model = compile(small(), IMAGES, budget=None, costs="paper")
+    with pytest.raises(ValueError, match="already compiled"):
+        compile(model, IMAGES, budget=None)
+    hooked = small()
+    hooked[3].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        compile(hooked, IMAGES, budget=None, costs="paper")
+    assert "forward" not in hooked.__dict__
