@@ -219,7 +219,7 @@ class Judge {
       demand(r.pool == Pool::kDevice || r.pool == Pool::kHost || r.pool == Pool::kParameters, "pool");
       demand(r.begin >= 0 && r.begin < r.end && r.end <= last() + 1, "lifetime");
       demand(r.offset_bytes >= 0 && r.offset_bytes % alignment == 0, "offset");
-      demand(r.size_bytes >= 0 && r.size_bytes % alignment == 0, "size");
+      demand(r.size_bytes >= 0 && r.size_bytes % alignment == 0 && r.size_bytes <= INT64_MAX - r.offset_bytes, "size");
       if (r.storage >= 0) {
         demand(r.size_bytes >= plan_.storages[r.storage].size_bytes, "size below storage");
       } else {
