@@ -402,12 +402,13 @@ std::vector<int64_t> first_fit_by_begin(const Problem& problem) {
 }
 
 std::optional<std::vector<int64_t>> first_fit_in_order(const Problem& problem, std::span<const int32_t> order,
-                                                       int64_t work_limit) {
-  std::vector<int64_t> offsets(problem.buffers(), 0);
+                                                       int64_t work_limit, size_t fixed, std::vector<int64_t> offsets) {
+  offsets.resize(problem.buffers(), 0);
   PlacedTree placed(problem);
+  for (const int32_t i : order.first(fixed)) placed.add(i);
   std::vector<int32_t> met;
   int64_t work = 0;
-  for (const int32_t i : order) {
+  for (const int32_t i : order.subspan(fixed)) {
     met.clear();
     placed.collect(i, met);
     work += static_cast<int64_t>(met.size());

@@ -16,9 +16,11 @@ namespace splitkern::memory::placement {
 std::vector<int64_t> first_fit_by_begin(const Problem& problem);
 
 // In the given order, every buffer at the lowest address at which it meets no earlier one. In proportion to the pairs
-// that meet; gives up (nothing) after `work_limit` of them.
+// that meet; gives up (nothing) after `work_limit` of them. The first `fixed` of the order stay where `offsets` has
+// them.
 std::optional<std::vector<int64_t>> first_fit_in_order(const Problem& problem, std::span<const int32_t> order,
-                                                       int64_t work_limit);
+                                                       int64_t work_limit, size_t fixed = 0,
+                                                       std::vector<int64_t> offsets = {});
 
 // In the given order, every buffer on top of what lies there already, holes below stay empty. From the offsets of
 // another placement, ascending, this lets everything fall. O(n log n).

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <string>
 
 #include "memory/errors.h"
@@ -111,6 +112,73 @@ void search_part(Part& part, int64_t target, int64_t effort, const Clock& clock)
   }
 }
 
+// The statistics of a training step are many and hold next to nothing, but stand in the way of every search among the
+// activations. So the smallest buffers, as many as never hold more than a share of the bound together, come last, into
+// the holes that the others leave.
+void search_large(Part& part, int64_t target, int64_t effort, const Clock& clock) {
+  constexpr int64_t kShareOfSmall = 256;
+  const Problem& problem = part.problem;
+  const int32_t n = problem.buffers();
+  std::vector<int32_t> order = sorted_positions(problem.size, /*descending=*/true);
+  const auto live_peak = [&](size_t from) {  // of order[from, n)
+    std::vector<int64_t> change(problem.sections() + 1, 0);
+    for (const int32_t i : std::span(order).subspan(from)) {
+      change[problem.first[i]] += problem.size[i];
+      change[problem.last[i] + 1] -= problem.size[i];
+    }
+    int64_t live = 0, peak = 0;
+    for (const int64_t bytes : change) peak = std::max(peak, live += bytes);
+    return peak;
+  };
+  size_t low = 0, high = order.size();  // the small ones begin in here
+  while (low < high) {
+    const size_t middle = (low + high) / 2;
+    if (live_peak(middle) > problem.lower_bound / kShareOfSmall) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  // All of a size belong together.
+  while (low < order.size() && low > 0 && problem.size[order[low]] == problem.size[order[low - 1]]) ++low;
+  if (low == 0 || (order.size() - low) * 4 < order.size()) return;
+
+  std::vector<Buffer> large(low);
+  for (size_t k = 0; k < low; ++k) {
+    const int32_t i = order[k];
+    large[k] = {problem.first[i], problem.last[i] + 1, problem.size[i]};
+  }
+  Part rest{make_problem(large, 1), {}, kUnlimited};
+  const int64_t wanted = rest.problem.lower_bound;
+  apply_sweeps(rest, wanted, clock);
+  if (rest.peak > wanted) search_part(rest, wanted, effort, clock);
+  if (rest.peak > std::max(target, part.peak)) return;
+  std::vector<int64_t> offsets(n, 0);
+  for (int32_t k = 0; k < rest.problem.buffers(); ++k) offsets[order[rest.problem.original[k]]] = rest.offsets[k];
+  std::vector<int64_t> tightest(n, 0);
+  for (const int32_t i : std::span(order).subspan(low)) {
+    tightest[i] =
+        *std::max_element(problem.live.begin() + problem.first[i], problem.live.begin() + problem.last[i] + 1);
+  }
+  const auto length = [&](int32_t i) { return problem.last[i] - problem.first[i]; };
+  using Less = std::function<bool(int32_t, int32_t)>;
+  const Less orders[] = {
+      // The long ones, the large ones, or those at the tightest time first.
+      [&](int32_t x, int32_t y) {
+        return std::pair(length(x), problem.size[x]) > std::pair(length(y), problem.size[y]);
+      },
+      [&](int32_t x, int32_t y) {
+        return std::pair(problem.size[x], length(x)) > std::pair(problem.size[y], length(y));
+      },
+      [&](int32_t x, int32_t y) { return std::pair(tightest[x], length(x)) > std::pair(tightest[y], length(y)); },
+  };
+  for (const Less& less : orders) {
+    std::stable_sort(order.begin() + low, order.end(), less);
+    if (auto filled = first_fit_in_order(problem, order, kFirstFitWork, low, offsets)) part.offer(std::move(*filled));
+    if (part.peak <= target) break;
+  }
+}
+
 }  // namespace
 
 Placement place(std::span<const Buffer> buffers, const PlacementOptions& options) {
@@ -148,7 +216,11 @@ Placement place(std::span<const Buffer> buffers, const PlacementOptions& options
     Part& part = parts[p];
     const int64_t wanted = std::max(reached, part.problem.lower_bound);
     if (options.effort > 0 && part.problem.buffers() <= kSearchBuffers && part.peak > wanted) {
-      search_part(part, wanted, options.effort, clock);
+      search_part(part, wanted, options.effort / 4, clock);
+      if (part.peak > wanted) search_large(part, wanted, options.effort / 8, clock);
+      // What is left above the bound then may be next to nothing, and as dear to find as before.
+      const bool is_near = part.peak - wanted <= wanted >> 12;
+      if (part.peak > wanted && !is_near) search_part(part, wanted, options.effort, clock);
     }
     apply_first_fit_by_size(part, wanted, clock);
     reached = std::max(reached, part.peak);
