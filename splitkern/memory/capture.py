@@ -582,6 +582,9 @@ class _Capture:
     def _differentiable(self, result: Any) -> list[Tensor]:
         """What the model returns and a gradient can be given for."""
         roots = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(leaf.requires_grad and leaf.grad_fn is None for leaf in leaves):
+            raise CaptureError("the model must not return a parameter or an input itself; return a copy (clone)")
         if not roots:
             raise CaptureError("nothing that the model returns depends on anything that requires a gradient")
         return roots

@@ -7,7 +7,6 @@ gradients enabled, a forward pass runs the first part of the planned step, and a
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,7 +150,8 @@ class CompiledForward:
 
     def prepare(self, args: tuple[Any, ...]) -> _PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""
-        # Of all plans one is kept: arenas are as large as the budget.
+        # Of all plans one is kept, and it goes before the next one comes: arenas are as large as the budget.
+        self._steps = {}
         planned = _PlannedStep(self, args)
         self._steps = {self._key(args): planned}
         self.model.__dict__["plan"] = planned.plan
@@ -169,10 +169,12 @@ class CompiledForward:
             (name, tuple(p.shape), p.stride(), p.dtype, p.device, p.requires_grad)
             for name, p in self.model.named_parameters()
         )
-        flags = tuple(module.training for module in self.model.modules())
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        same = tuple(next(i for i, other in enumerate(tensors) if other is one) for one in tensors)
         device = self.model_device().type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return inputs, str(structure), parameters, flags, autocast
+        modules = tuple(_settings(module) for module in self.model.modules())
+        return inputs, same, str(structure), parameters, modules, autocast
 
     def model_device(self) -> torch.device:
         """Of the first parameter."""
@@ -191,6 +193,21 @@ def _as_before(forward: CompiledForward) -> Iterator[None]:
         yield
     finally:
         held["forward"] = forward
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What a captured step takes for constant about a module: its class, flags, numbers, and whether it has hooks."""
+    held = module.__dict__
+    plain = tuple(
+        (name, value)
+        for name, value in held.items()
+        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(one, _PLAIN) for one in value))
+    )
+    return id(module), type(module), plain, tuple(len(held[name]) for name in _HOOKS)
 
 
 def _shapes(key: Any) -> str:
@@ -216,13 +233,8 @@ class _PlannedStep:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.input_names = [f"input.{i}" if t.requires_grad else None for i, t in enumerate(tensors)]
         self.differentiable = step.differentiable
-        self._pending: weakref.ref[_Pending] | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
-        if self._pending is not None and self._pending() is None:
-            # The outputs of the last forward pass were dropped without a backward pass.
-            self.executor.abort()
-            self._pending = None
         leaves, _ = tree_flatten(args)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         parameters = dict(model.named_parameters())
@@ -230,11 +242,6 @@ class _PlannedStep:
         outputs = _RunStep.apply(self, model, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
         assert self._structure is not None
         return tree_unflatten(list(outputs), self._structure)
-
-    def begin(self) -> _Pending:
-        pending = _Pending()
-        self._pending = weakref.ref(pending)
-        return pending
 
 
 def reserve_of(step: CapturedStep) -> int:
@@ -306,10 +313,6 @@ def _plan(graph: _core.Graph, rates: dict[str, float], options: CompileOptions, 
         ) from error
 
 
-class _Pending:
-    """Lives as long as the graph of a forward pass."""
-
-
 class _RunStep(torch.autograd.Function):
     """The planned step as one function of autograd."""
 
@@ -320,7 +323,7 @@ class _RunStep(torch.autograd.Function):
         )
         outputs = planned.executor.forward(values, tensors[:count])
         ctx.planned, ctx.count = planned, count
-        ctx.pending = planned.begin()
+        ctx.number = planned.executor.number
         ctx.set_materialize_grads(True)
         ctx.mark_non_differentiable(*(out for i, out in enumerate(outputs) if i not in planned.differentiable))
         return tuple(outputs)
@@ -329,9 +332,13 @@ class _RunStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         planned: _PlannedStep = ctx.planned
+        if ctx.number != planned.executor.number or not planned.executor.is_between:
+            raise RuntimeError(
+                "the activations of this forward pass are gone: a compiled model keeps those of its last forward pass, "
+                "for one backward pass (no retain_graph, no second forward pass before backward; uncompile_ allows them)"
+            )
         given = [grads[i] for i in planned.differentiable]
         found = planned.executor.backward(given)
-        ctx.pending = None
         of_inputs = [None if name is None else found.get(name) for name in planned.input_names]
         of_parameters = [found.get(name) for name in planned.parameter_names]
         return (None, None, None, *of_inputs, *of_parameters)
@@ -395,14 +402,14 @@ def compile(
         raise ValueError(f"this {type(model).__name__} is already compiled; call uncompile_ first")
     if not model.training:
         raise ValueError(f"this {type(model).__name__} is in evaluation mode; call train() before compile")
-    if "plan" in model.__dict__ or hasattr(type(model), "plan"):
+    if hasattr(model, "plan"):
         raise ValueError(f"this {type(model).__name__} has an attribute 'plan', which compile would replace")
     if strategy not in _core.strategy_names():
         raise ValueError(f"strategy must be one of {_core.strategy_names()}, got {strategy!r}")
     if isinstance(costs, str) and costs != "measured":
         costs = cost_model(costs)
-    if link_gbps is not None and not link_gbps > 0:
-        raise ValueError(f"link_gbps must be positive, got {link_gbps}")
+    if link_gbps is not None and not 0 < link_gbps < math.inf:
+        raise ValueError(f"link_gbps must be a positive number, got {link_gbps}")
     if optimizer_bytes < 0:
         raise ValueError(f"optimizer_bytes must not be negative, got {optimizer_bytes}")
     options = CompileOptions(

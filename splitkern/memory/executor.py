@@ -138,17 +138,36 @@ class StepExecutor:
         self._sources = self._outside_storages()
         operations = [step.operations[instance.operation] for instance in plan.instances]
         self._instances = self._bind_instances()
+        given = {step.tensors[place].storage for name, place in step.inputs.items() if name.startswith("grad_output.")}
         self._begin_of_backward = next(
             (
                 number
                 for number, (instance, operation) in enumerate(zip(plan.instances, operations, strict=True))
-                if instance.is_recomputation or operation.is_backward
+                if instance.is_recomputation
+                or operation.is_backward
+                or any(step.tensors[read].storage in given for read in operation.reads)
             ),
             len(operations),
         )
+        read_late = {
+            step.tensors[read].storage
+            for operation in operations[self._begin_of_backward :]
+            for read in operation.reads
+        }
+        # Whose values backward needs as forward left them.
+        self._read_in_backward = [
+            (name, self._storage_of[step.tensors[place].storage])
+            for name, place in (*step.parameters.items(), *step.inputs.items())
+            if step.tensors[place].storage in read_late and not name.startswith("grad_output.")
+        ]
+        self._may_be_made = {
+            self._storage_of[number] for number, storage in enumerate(step.storages) if storage.kind == "gradient"
+        }
         self._outputs = self._bind_outputs()
         self._pipeline = self._make_pipeline()
         self._is_between = False
+        self._number = 0
+        self._versions: dict[str, tuple[Tensor, int]] = {}
 
     def _make_pipeline(self) -> _core.CopyPipeline | None:
         if not self.plan.copies and not self.options.debug:
@@ -246,6 +265,11 @@ class StepExecutor:
         """Whether a forward pass has run whose backward pass has not."""
         return self._is_between
 
+    @property
+    def number(self) -> int:
+        """Counts the forward passes."""
+        return self._number
+
     def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the forward part.
 
@@ -256,16 +280,15 @@ class StepExecutor:
         Returns:
             What the model returns, in memory of its own.
 
+        A forward pass whose backward pass has not run is given up.
+
         Raises:
-            RuntimeError: the backward pass of an earlier forward pass is still to come.
             splitkern._core.CopyFailed: an offload or prefetch failed; the executor is ready for the next step.
         """
         if self._is_between:
-            raise RuntimeError(
-                "the backward pass of the last forward pass has not run: one plan serves one step at a time; "
-                "call backward(), or drop the outputs, before the next forward pass"
-            )
-        self._bound = {}
+            self.abort()
+        self._bound, self._versions = {}, {}
+        self._number += 1
         for name, place in self.step.parameters.items():
             self._bind(place, parameters[name].detach(), copies=False)
         for number, value in enumerate(inputs):
@@ -282,6 +305,9 @@ class StepExecutor:
             for position, view in written:
                 outputs[position] = self._resolve(view).clone()
         self._run(begin, self._begin_of_backward)
+        self._versions = {
+            name: (self._bound[place], self._bound[place]._version) for name, place in self._read_in_backward
+        }
         self._is_between = True
         return [outputs[position] for position in range(len(outputs))]
 
@@ -296,8 +322,13 @@ class StepExecutor:
         """
         if not self._is_between:
             raise RuntimeError("backward must follow a forward pass whose backward pass has not run")
-        for number, value in enumerate(grad_outputs):
-            self._bind(self.step.inputs[f"grad_output.{number}"], value.detach())
+        for name, (value, version) in self._versions.items():
+            if value._version != version:
+                raise RuntimeError(
+                    f"{name} was changed in place between the forward and the backward pass, which needs it as it was"
+                )
+        for number, gradient in enumerate(grad_outputs):
+            self._bind(self.step.inputs[f"grad_output.{number}"], gradient.detach())
         self._run(self._begin_of_backward, len(self._instances))
         if self._pipeline is not None:
             self._pipeline.at_boundary(len(self._instances))
@@ -350,7 +381,10 @@ class StepExecutor:
             return tensor
         captured = self.step.tensors[tensor.tensor]
         value = self._bound.get(tensor.place)
-        if value is None:  # a gradient: made at its first write, handed out at the end
+        if value is None:
+            if tensor.place not in self._may_be_made:
+                raise RuntimeError(f"{captured.name} is used before it is given")
+            # A gradient is made at its first write, and handed out at the end.
             size_bytes = self.plan.storages[tensor.place].size_bytes
             item = captured.element_bytes
             value = torch.empty(-(-size_bytes // item), dtype=captured.dtype, device=self.step.device)

@@ -208,9 +208,15 @@ def split_forward_of(model: nn.Module) -> SplitForward | None:
     return None
 
 
+def _require_not_compiled(model: nn.Module) -> None:
+    if hasattr(model.__dict__.get("forward"), "replans"):
+        raise ValueError(f"this {type(model).__name__} is compiled; call uncompile_ first")
+
+
 def _require_split(model: nn.Module) -> SplitForward:
     forward = split_forward_of(model)
     if forward is None:
+        _require_not_compiled(model)
         raise ValueError(f"this {type(model).__name__} is not split; split it with split_ first")
     return forward
 
@@ -240,6 +246,7 @@ def make_forward(model: nn.Module, example_inputs: Tensor | Sequence[Any], optio
             f"this {type(model).__name__} is already split (grid={existing.options.grid}, "
             f"{existing.options.extent}); call unsplit_ first"
         )
+    _require_not_compiled(model)
     if "forward" in model.__dict__:
         raise ValueError(
             f"this {type(model).__name__} has a forward of its own on the instance, which a split "

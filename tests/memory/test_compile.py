@@ -305,17 +305,103 @@ def test_other_shapes_are_planned_anew_or_refused() -> None:
 def test_one_step_at_a_time() -> None:
     model = compile(small(), IMAGES, budget=None, costs="paper")
     first = model(IMAGES)
-    with pytest.raises(RuntimeError, match="one plan serves one step at a time"):
-        model(IMAGES)
-    first.sum().backward()
-    kept = model(IMAGES)
-    del kept  # no backward pass will come
-    gc.collect()
-    model(IMAGES).sum().backward()
+    model(IMAGES).sum().backward()  # gives the first one up
+    with pytest.raises(RuntimeError, match="activations of this forward pass are gone"):
+        first.sum().backward()
     twice = model(IMAGES).sum()
     twice.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward must follow"):
+    with pytest.raises(RuntimeError, match="activations of this forward pass are gone"):
         twice.backward()
+    model(IMAGES)
+    with pytest.raises(RuntimeError, match="activations of this forward pass are gone"):
+        twice.backward()
+    skipped = model(IMAGES)  # a loop that goes on after a bad loss
+    assert skipped.isfinite().all()
+    model(IMAGES).sum().backward()
+
+
+def test_what_backward_needs_must_stay() -> None:
+    model = compile(small(), IMAGES, budget=None, costs="paper")
+    loss = model(IMAGES).square().sum()
+    with torch.no_grad():
+        model[3].conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"3\.conv\.weight was changed in place"):
+        loss.backward()
+
+
+def test_changes_to_the_model_are_planned_anew() -> None:
+    model = small(dropout=0.5)
+    compile(model, IMAGES, budget=None, costs="paper")
+    model[8].p = 0.0
+    model[2] = nn.Tanh()
+    model[1].momentum = 0.9
+    expected = small()
+    expected[2] = nn.Tanh()
+    expected[1].momentum = 0.9
+    require_equal(train(model), train(expected))
+    forward = compiled_forward_of(model)
+    assert forward is not None and forward.replans == 1
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        model(IMAGES)
+
+
+def test_gradients_that_are_copies_alone() -> None:
+    """Every operation of the backward pass is one that capture adds."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1 + self.a + self.b
+
+    model = compile(Sums(), torch.ones(3, 4), budget=None, costs="paper")
+    model(torch.ones(3, 4)).square().sum().backward()
+    assert torch.equal(model.a.grad, torch.full((3, 4), 2.0))
+    assert torch.equal(model.b.grad, torch.full((3, 4), 2.0))
+
+
+def test_the_same_input_twice_is_another_step() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.linear(x) * y
+
+    torch.manual_seed(0)
+    model, x, y = Product(), torch.ones(2, 4), torch.full((2, 4), 5.0)
+    expected = model.linear(x) * y
+    compile(model, (x, x), budget=None, costs="paper")
+    assert torch.equal(model(x, y), expected)
+
+
+def test_a_model_that_returns_a_parameter_is_refused() -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.linear(x), self.linear.weight
+
+    with pytest.raises(ValueError, match="must not return a parameter"):
+        compile(Returns(), torch.ones(2, 4), budget=None, costs="paper")
+
+
+def test_texts_for_split_models_that_are_compiled() -> None:
+    model = compile(split_small(), IMAGES, budget=None, costs="paper")
+    with pytest.raises(ValueError, match="uncompile_ first"):
+        sk.unsplit_(model)
+    with pytest.raises(ValueError, match="uncompile_ first"):
+        sk.split_(model, IMAGES, grid=(2, 2), until="4", norm="patch")
+    named = nn.Sequential()
+    named.add_module("plan", nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="attribute 'plan'"):
+        compile(named, torch.ones(2, 4), budget=None, costs="paper")
 
 
 def test_an_error_in_the_middle_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
