@@ -335,7 +335,7 @@ class _RunStep(torch.autograd.Function):
         if ctx.number != planned.executor.number or not planned.executor.is_between:
             raise RuntimeError(
                 "the activations of this forward pass are gone: a compiled model keeps those of its last forward pass, "
-                "for one backward pass (no retain_graph, no second forward pass before backward; uncompile_ allows them)"
+                "for one backward pass (no retain_graph, no second forward pass in between; uncompile_ allows both)"
             )
         given = [grads[i] for i in planned.differentiable]
         found = planned.executor.backward(given)
