@@ -55,19 +55,17 @@ class _Instance:
 
     def __init__(
         self,
-        operation: CapturedOperation,
         call: Call,
         reads: Sequence[Tensor | _Outside],
         writes: Sequence[Tensor | _Outside],
     ) -> None:
-        self.name = operation.name
         self.overload = call.overload
         self.reads, self.writes = reads, writes
         self.preload = call.preload
         self.results = call.results
-        self.is_fixed = not any(isinstance(tensor, _Outside) for tensor in (*reads, *writes))
         self.call = call
-        self.arguments: tuple[Any, Any] | None = self._bind(reads, writes) if self.is_fixed else None
+        is_fixed = not any(isinstance(tensor, _Outside) for tensor in (*reads, *writes))
+        self.arguments: tuple[Any, Any] | None = self._bind(reads, writes) if is_fixed else None
 
     def _bind(self, reads: Sequence[Any], writes: Sequence[Any]) -> tuple[Any, Any]:
         device = next((tensor.device for tensor in (*reads, *writes) if isinstance(tensor, Tensor)), None)
@@ -197,19 +195,13 @@ class StepExecutor:
 
     # --- what is bound once --------------------------------------------------------------------------------------
 
-    def _outside_storages(self) -> dict[int, str]:
-        """What is bound in every step: planned storage to the name that it is given under; gradients have none."""
-        names: dict[int, str] = {}
+    def _outside_storages(self) -> set[int]:
+        """The planned storages that lie outside the arena: the plan's parameters pool and what the caller gives."""
         step = self.step
-        for places in (step.parameters, step.inputs):
-            for name, place in places.items():
-                names.setdefault(self._storage_of[step.tensors[place].storage], name)
-        for place in step.constants:
-            names.setdefault(self._storage_of[step.tensors[place].storage], "")
-        for residency in self.plan.residencies:
-            if residency.pool == _core.PoolKind.PARAMETERS:
-                names.setdefault(residency.storage, "")
-        return names
+        given = (*step.parameters.values(), *step.inputs.values(), *step.constants)
+        found = {self._storage_of[step.tensors[place].storage] for place in given}
+        parameters = _core.PoolKind.PARAMETERS
+        return found | {residency.storage for residency in self.plan.residencies if residency.pool == parameters}
 
     def _view(self, arena: Tensor, offset_bytes: int, place: int) -> Tensor:
         tensor = self.step.tensors[place]
@@ -241,7 +233,7 @@ class StepExecutor:
             writes = [self._view_at(place, number) for place in operation.writes]
             if instance.accumulate:
                 call = _accumulating(operation, call)
-            bound.append(_Instance(operation, call, reads, writes))
+            bound.append(_Instance(call, reads, writes))
         return bound
 
     def _bind_outputs(self) -> dict[int, list[tuple[int, Tensor | _Outside]]]:
@@ -332,6 +324,8 @@ class StepExecutor:
         self._run(self._begin_of_backward, len(self._instances))
         if self._pipeline is not None:
             self._pipeline.at_boundary(len(self._instances))
+            # A copy that failed is reported late: no gradient of a step leaves before all of its copies have arrived.
+            self._pipeline.synchronize()
         gradients = {
             name: self._resolve(self._view_at(place, len(self._instances)))
             for name, place in self.step.gradients.items()
