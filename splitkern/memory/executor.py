@@ -263,7 +263,7 @@ class StepExecutor:
         return self._number
 
     def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the forward part.
+        """Runs the forward part. An earlier forward pass whose backward pass has not run is given up.
 
         Args:
             parameters: parameters and buffers by qualified name; buffers are updated in place.
@@ -271,8 +271,6 @@ class StepExecutor:
 
         Returns:
             What the model returns, in memory of its own.
-
-        A forward pass whose backward pass has not run is given up.
 
         Raises:
             splitkern._core.CopyFailed: an offload or prefetch failed; the executor is ready for the next step.
