@@ -416,14 +416,13 @@ def test_an_error_in_the_middle_leaves_the_model_usable(monkeypatch: pytest.Monk
 
     forward = compiled_forward_of(model)
     assert forward is not None
-    executor = next(iter(forward._steps.values())).executor
-    instance = executor._instances[5]
+    (executor,) = next(iter(forward._steps.values())).executors
     with monkeypatch.context() as patch:
 
-        def interrupt(*args: Any, **kwargs: Any) -> None:
+        def interrupt() -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(instance, "overload", interrupt)
+        patch.setattr(executor._instances[5], "run", interrupt, raising=False)
         with pytest.raises(KeyboardInterrupt):
             model(IMAGES)
     fresh = small()
