@@ -62,7 +62,7 @@ class BackwardPart:
 
 
 class Observer(Protocol):
-    """Told of every instance that runs, by its number."""
+    """Told of every instance that runs, by its number, when its memory is bound and its copies have been waited for."""
 
     def instance(self, number: int) -> AbstractContextManager[object]:
         """Entered before the instance is run, left behind it."""
@@ -307,7 +307,13 @@ class StepExecutor:
         final: dict[int, list[str]] = {}
         parts: list[BackwardPart] = []
         begin, names, final_bytes = self._begin_of_backward, list[str](), 0
+        seen = set[int]()
         for name, place in self.step.gradients.items():
+            parameter = self.step.parameters.get(name)
+            if parameter in seen:
+                continue  # another name of a parameter that has its gradient already
+            if parameter is not None:
+                seen.add(parameter)
             last = self._last_touch(place, operations, reads=True)
             if last is None or last < begin:
                 names.append(name)
@@ -339,6 +345,22 @@ class StepExecutor:
     def number(self) -> int:
         """Counts the forward passes."""
         return self._number
+
+    @property
+    def copied(self) -> _core.CopyStatistics | None:
+        """What the copies have done since the executor was made; None where the plan has none."""
+        return None if self._pipeline is None else self._pipeline.statistics
+
+    def arena_end(self, number: int) -> int:
+        """Behind the last byte of the device arena that an instance touches; 0 where it touches none."""
+        instance = self._instances[number]
+        begin = self.arenas.device.data_ptr()
+        ends = [
+            tensor.data_ptr() - begin + _extent_bytes(tensor)
+            for tensor in (*instance.reads, *instance.writes)
+            if isinstance(tensor, Tensor)
+        ]
+        return max(ends, default=0)
 
     def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the forward part. An earlier forward pass whose backward pass has not run is given up.
@@ -471,13 +493,8 @@ class StepExecutor:
             if torch.is_autocast_enabled(self.step.device.type):
                 # What was captured lies below autocast: its casts are operations.
                 held.enter_context(torch.autocast(self.step.device.type, enabled=False))
-            if self.observer is None:
-                for number in range(begin, end):
-                    self._run_instance(number)
-            else:
-                for number in range(begin, end):
-                    with self.observer.instance(number):
-                        self._run_instance(number)
+            for number in range(begin, end):
+                self._run_instance(number)
 
     def _run_instance(self, number: int) -> None:
         if self._pipeline is not None:
@@ -486,7 +503,11 @@ class StepExecutor:
             for storage in self._made_at[number]:
                 self._make(storage)
         try:
-            self._instances[number].run()
+            if self.observer is None:
+                self._instances[number].run()
+            else:
+                with self.observer.instance(number):
+                    self._instances[number].run()
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -547,6 +568,14 @@ def _arena(size_bytes: int, device: torch.device, *, pinned: bool = False) -> Te
     whole = torch.empty(size_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
     skipped = -whole.data_ptr() % _ALIGNMENT_BYTES
     return whole[skipped : skipped + size_bytes]
+
+
+def _extent_bytes(tensor: Tensor) -> int:
+    """From its first element to behind its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
