@@ -28,7 +28,8 @@ class Accounting:
         gradient_bytes: gradients that the step makes.
         reserve_bytes: most that one operation allocates, and what the model returns.
         outside_bytes: most that is there at a time of all of these.
-        beside_bytes: what else the budget has to hold: the optimizer's state, gradients that are accumulated.
+        beside_bytes: what else the budget has to hold: the optimizer's state, gradients that are accumulated, and what
+            CUDA graphs copy.
     """
 
     in_flight: int
@@ -60,6 +61,7 @@ def accounting_of(
     in_flight: int = 1,
     optimizer_bytes: int = 0,
     accumulate: bool = False,
+    cuda_graphs: bool = False,
 ) -> Accounting:
     """Adds up a plan.
 
@@ -70,6 +72,7 @@ def accounting_of(
         in_flight: steps that can be under way.
         optimizer_bytes: of the optimizer's state.
         accumulate: whether gradients of earlier steps are there all the time.
+        cuda_graphs: whether inputs and gradients are there a second time, in memory that stays.
     """
     storage_of = {member: number for number, storage in enumerate(plan.storages) for member in storage.members}
     sizes = [storage.size_bytes for storage in plan.storages]
@@ -80,6 +83,7 @@ def accounting_of(
     given = storages([*step.parameters.values(), *step.inputs.values(), *step.constants])
     made = storages(list(step.gradients.values())) - given
     inputs = storages([place for name, place in step.inputs.items() if name.startswith("input.")])
+    copied = storages([*step.inputs.values(), *step.constants])
     returned = sum(_dense_bytes(step, place) for place in step.outputs)
     alive = most = 0
     missing = set(made)
@@ -98,7 +102,9 @@ def accounting_of(
         gradient_bytes=gradient_bytes,
         reserve_bytes=max(workspace_bytes, default=0) + in_flight * returned,
         outside_bytes=given_bytes + in_flight * returned + most,
-        beside_bytes=optimizer_bytes + (gradient_bytes if accumulate else 0),
+        beside_bytes=optimizer_bytes
+        + (gradient_bytes if accumulate else 0)
+        + (in_flight * (gradient_bytes + sum(sizes[one] for one in copied)) if cuda_graphs else 0),
     )
 
 

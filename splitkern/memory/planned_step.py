@@ -14,6 +14,7 @@ from splitkern.memory.accounting import Accounting, accounting_of
 from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.cost_model import CostModel
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from splitkern.memory.graphs import require_graphs
 from splitkern.memory.profile import DurationCache, measure_link, measure_step, measure_workspaces
 from splitkern.memory.report import bytes_text
 from splitkern.memory.step_functions import run_step
@@ -108,8 +109,8 @@ class CompiledPlan:
         return (
             f"{'left alone: it fits' if self.is_left_alone else done}; {bytes_text(self.peak_bytes)} predicted at the "
             f"peak: {arenas}, parameters and inputs {bytes_text(parts.given_bytes)}, gradients "
-            f"{bytes_text(parts.gradient_bytes)}, reserve {bytes_text(parts.reserve_bytes)}, optimizer and accumulated "
-            f"gradients {bytes_text(parts.beside_bytes)}; host {bytes_text(self.host_bytes)}; "
+            f"{bytes_text(parts.gradient_bytes)}, reserve {bytes_text(parts.reserve_bytes)}, optimizer and the "
+            f"like {bytes_text(parts.beside_bytes)}; host {bytes_text(self.host_bytes)}; "
             f"{self.predicted_step_ms:.1f} ms predicted"
         )
 
@@ -148,6 +149,8 @@ class PlannedStep:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], options: CompileOptions) -> None:
         step = capture(model, args, given_gradients=True)
+        if options.execution.cuda_graphs:
+            require_graphs(step.device, debug=options.execution.debug)
         step, workspaces, rates = _on_machine(step, options)
         graph = _core.Graph.from_json(step.graph_json())
         plan, accounting = _plan(step, graph, workspaces, rates, options)
@@ -210,6 +213,7 @@ def _plan(
             in_flight=options.in_flight,
             optimizer_bytes=options.optimizer_bytes,
             accumulate=options.accumulate,
+            cuda_graphs=options.execution.cuda_graphs,
         )
 
     kept = _core.plan(graph, _core.Limits(), strategy="none")
@@ -268,7 +272,7 @@ def _budget_error(
         f"the smallest that would do is {bytes_text(smallest)} ({smallest} bytes): activations "
         f"{arenas}{bytes_text(arena_bytes)}, parameters and inputs {bytes_text(accounting.given_bytes)}, gradients "
         f"{bytes_text(accounting.gradient_bytes)}, reserve {bytes_text(accounting.reserve_bytes)}, optimizer and "
-        f"accumulated gradients {bytes_text(accounting.beside_bytes)}; "
+        f"the like {bytes_text(accounting.beside_bytes)}; "
         "use a smaller batch, a larger budget, or split_ with a finer grid",
         budget,
         smallest,

@@ -67,6 +67,7 @@ class StepReport:
     Attributes:
         operations: one per instance of the plan, in its order.
         step_ms: forward and backward pass together; measured: median of `repeats`.
+        host_ms: time until the calls of the step have returned, which a GPU may outlast; waits included.
         waits_ms: of `step_ms`, for copies.
         arena_bytes: predicted: of the plan's places; measured: highest byte that an operation touched.
         reserve_bytes: beside the arena, at most; measured: most that one operation allocated, and what is returned.
@@ -78,6 +79,7 @@ class StepReport:
 
     operations: Sequence[OperationRow]
     step_ms: Pair
+    host_ms: float
     waits_ms: Pair
     arena_bytes: Pair
     reserve_bytes: Pair
@@ -114,6 +116,7 @@ class StepReport:
             line("offloaded", self.offloaded_bytes, size),
             line("prefetched", self.prefetched_bytes, size),
             line("step", self.step_ms, ms),
+            f"{'  of which on the host':28}{'':12}{ms(self.host_ms):>12}",
             line("  of which waits", self.waits_ms, ms),
         ]
         by_target: dict[str, list[OperationRow]] = {}
@@ -234,18 +237,23 @@ def _measure(
         _step(model, args)
     _clear(model)
     beside = {int(name): size for name, size in allocated.peak_in}
-    timed, steps_ms, waits_ms = [], [], []
+    timed, steps_ms, host_ms, waits_ms = [], [], [], []
     for _ in range(repeats):
-        durations = _Durations(device)
         for one in planned.executors:
-            one.observer = durations
+            one.observer = None
         waited = _waited_us(planned)
         _wait(device)
         began = time.perf_counter()
         _step(model, args)
+        host_ms.append((time.perf_counter() - began) * 1e3)
         _wait(device)
         steps_ms.append((time.perf_counter() - began) * 1e3)
         waits_ms.append((_waited_us(planned) - waited) / 1e3)
+        _clear(model)
+        durations = _Durations(device)
+        for one in planned.executors:
+            one.observer = durations
+        _step(model, args)
         timed.append(durations.us())
         _clear(model)
     plan = planned.plan
@@ -261,6 +269,7 @@ def _measure(
             for number in range(len(plan.plan.instances))
         ],
         step_ms=Pair(plan.predicted_step_ms, statistics.median(steps_ms)),
+        host_ms=statistics.median(host_ms),
         waits_ms=Pair(predicted.stall_us / 1e3, statistics.median(waits_ms)),
         arena_bytes=Pair(plan.arena_bytes, allocations.touched_bytes),
         reserve_bytes=Pair(plan.reserve_bytes, max(beside.values(), default=0) + returned),

@@ -50,10 +50,11 @@ def train(
     """Losses, and the state after the last step with the last gradients."""
     torch.manual_seed(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    labels = LABELS[: len(images)].to(images.device)
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images + 0.1 * step), LABELS[: len(images)])
+        loss = F.cross_entropy(model(images + 0.1 * step), labels)
         loss.backward()
         losses.append(loss.detach())
         optimizer.step()
