@@ -170,6 +170,7 @@ class StepExecutor:
         self._outputs = self._bind_outputs(operations)
         self.parts = self._divide_backward(operations)
         self._gradients = {name: self._view_at(place, len(operations)) for name, place in step.gradients.items()}
+        self._stream = self._current_stream()
         self._pipeline = self._make_pipeline()
         self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
         self._lock = threading.Lock()
@@ -198,10 +199,27 @@ class StepExecutor:
             return _core.CopyPipeline.on_host(
                 self.plan, **arenas, **common, seed=options.seed, max_delay_us=options.max_delay_us
             )
-        stream = torch.cuda.current_stream(device)
+        assert self._stream is not None
         return _core.CopyPipeline.on_cuda(
-            self.plan, **arenas, **common, device_index=stream.device_index, compute_stream=stream.cuda_stream
+            self.plan,
+            **arenas,
+            **common,
+            device_index=self._stream.device_index,
+            compute_stream=self._stream.cuda_stream,
         )
+
+    def _current_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.step.device) if self.step.device.type == "cuda" else None
+
+    def _follow_stream(self) -> None:
+        """Moves to the caller's stream, behind all that was launched on the one before."""
+        stream = self._current_stream()
+        if stream is None or self._stream is None or stream == self._stream:
+            return
+        stream.wait_stream(self._stream)  # type: ignore[no-untyped-call]
+        self.arenas.device.record_stream(stream)
+        self._stream = stream
+        self._pipeline = self._make_pipeline()
 
     # --- what is bound once --------------------------------------------------------------------------------------
 
@@ -388,6 +406,7 @@ class StepExecutor:
             self._number += 1
             self.begun_at = time.monotonic()
         try:
+            self._follow_stream()
             for name, place in self.step.parameters.items():
                 self._bind_parameter(place, parameters[name])
             for number, value in enumerate(inputs):

@@ -37,24 +37,32 @@ def _deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("debug", [True, False])
 def test_a_budget_changes_no_bit(make: Callable[[], nn.Module], strategy: str, debug: bool) -> None:
     images, model = IMAGES.cuda(), make().cuda()
-    reference = compile(copy.deepcopy(model), images, budget=None, costs="h200")
+    reference = compile(copy.deepcopy(model), images, budget=None, costs="h200-bf16")
     budget: int | str = smallest_budget(model, images) if strategy == "default" else "1GiB"
     execution = DEBUG if debug else ExecutorOptions()
-    compile(model, images, budget=budget, costs="h200", link_gbps=1, strategy=strategy, execution=execution)
+    compile(model, images, budget=budget, costs="h200-bf16", link_gbps=1, strategy=strategy, execution=execution)
     assert model.plan.plan.copies
     require_equal(train(model, images, steps=5), train(reference, images, steps=5))
 
 
-def test_on_a_stream_of_its_own() -> None:
+def test_on_other_streams() -> None:
     images, model = IMAGES.cuda(), split_small().cuda()
-    reference = compile(copy.deepcopy(model), images, budget=None, costs="h200")
-    expected = train(reference, images)
+    reference = compile(copy.deepcopy(model), images, budget=None, costs="h200-bf16")
+    expected = train(reference, images, steps=4)
+    compile(model, images, budget=smallest_budget(model, images), costs="h200-bf16", link_gbps=1, execution=DEBUG)
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        compile(model, images, budget=smallest_budget(model, images), costs="h200", link_gbps=1, execution=DEBUG)
-        found = train(model, images)
-    torch.cuda.synchronize()
-    require_equal(found, expected)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for number in range(4):
+        streams[number % 2].wait_stream(streams[1 - number % 2])
+        with torch.cuda.stream(streams[number % 2]):
+            optimizer.zero_grad()
+            labels = torch.arange(4, device="cuda")
+            loss = F.cross_entropy(model(images + 0.1 * number), labels)
+            loss.backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+        assert torch.equal(loss, expected[0][number])
 
 
 @pytest.mark.parametrize("network", ["resnet18", "vgg11"])
@@ -73,8 +81,8 @@ def test_bytes_are_where_the_plan_has_them(network: str) -> None:
 
     with torch.autocast("cuda", torch.bfloat16):
         with pytest.raises(sk.BudgetError) as caught:
-            compile(model, images, budget=1, costs="h200")
-        compile(model, images, budget=caught.value.smallest_bytes, costs="h200")
+            compile(model, images, budget=1, costs="h200-bf16")
+        compile(model, images, budget=caught.value.smallest_bytes, costs="h200-bf16")
         report = step_report(model, images, repeats=1)
     for pair in (report.arena_bytes, report.reserve_bytes, report.total_bytes):
         require_close(pair)
