@@ -216,7 +216,7 @@ class StepExecutor:
         stream = self._current_stream()
         if stream is None or self._stream is None or stream == self._stream:
             return
-        stream.wait_stream(self._stream)  # type: ignore[no-untyped-call]
+        stream.wait_stream(self._stream)
         self.arenas.device.record_stream(stream)
         self._stream = stream
         self._pipeline = self._make_pipeline()
