@@ -181,3 +181,32 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     for rank in range(2):
         found, wanted = (torch.load(tmp_path / f"{how}-{rank}.pt") for how in ("compiled", "eager"))
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_clipping_schedulers_and_checkpoints(tmp_path: Path) -> None:
+    """A loop that clips, schedules, and goes on from a checkpoint in another model."""
+
+    def run(model: nn.Module, begin: int, state: dict[str, Any] | None) -> tuple[list[float], dict[str, Any]]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        for name, part in parts.items() if state is not None else ():
+            part.load_state_dict(state[name])
+        norms = []
+        for step in range(begin, begin + 2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(IMAGES + 0.1 * step), LABELS).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm=0.5)))
+            optimizer.step()
+            scheduler.step()
+        return norms, {name: part.state_dict() for name, part in parts.items()}
+
+    def compiled_small() -> nn.Module:
+        return compile(small(), IMAGES, budget=smallest_budget(small()), costs="paper", link_gbps=1, execution=SHAKEN)
+
+    wanted, wanted_state = run(small(), 0, None)
+    found, state = run(compiled_small(), 0, None)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    wanted_later, _ = run(small(), 2, copy.deepcopy(wanted_state))
+    found_later, _ = run(compiled_small(), 2, torch.load(tmp_path / "checkpoint.pt"))
+    assert (found, found_later) == (wanted, wanted_later)
