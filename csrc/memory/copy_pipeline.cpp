@@ -28,7 +28,14 @@ CopyPipelineOptions checked(const CopyPipelineOptions& options) {
     throw InvalidArgument("chunk_bytes must be 1 or more, got " + std::to_string(options.chunk_bytes));
   if (options.max_in_flight < 1)
     throw InvalidArgument("max_in_flight must be 1 or more, got " + std::to_string(options.max_in_flight));
+  if (options.count_every < 1)
+    throw InvalidArgument("count_every must be 1 or more, got " + std::to_string(options.count_every));
   return options;
+}
+
+int64_t whole_slots(int64_t chunk_bytes) {
+  constexpr int64_t kSlot = kernels::kCompressedChunkBytes;
+  return std::max(kSlot, chunk_bytes / kSlot * kSlot);
 }
 
 class Stopwatch {
@@ -93,6 +100,25 @@ void CopyPipeline::require_well_formed(const Arenas& arenas) const {
     };
     require_end(copy.source, offload ? Pool::kDevice : Pool::kHost, "source");
     require_end(copy.destination, offload ? Pool::kHost : Pool::kDevice, "destination");
+    if (!copy.compressed) continue;
+    const std::optional<Compression>& compression = plan_.storages[static_cast<size_t>(copy.storage)].compression;
+    if (!compression || !is_codable(size_bytes, compression->element_bytes))
+      throw InvalidArgument(name + ": is compressed, but storage " + std::to_string(copy.storage) +
+                            " has no compression with elements that make up its " + std::to_string(size_bytes) +
+                            " bytes");
+    const int32_t host = offload ? copy.destination : copy.source;
+    const int64_t room_bytes = compressed_room_bytes(size_bytes, compression->element_bytes);
+    if (plan_.residencies[static_cast<size_t>(host)].size_bytes < room_bytes)
+      throw InvalidArgument(name + ": residency " + std::to_string(host) + " must have room for the " +
+                            std::to_string(room_bytes) + " bytes that any values may take compressed, got " +
+                            std::to_string(plan_.residencies[static_cast<size_t>(host)].size_bytes));
+    for (const int32_t residency : {copy.source, copy.destination}) {
+      const auto alignment =
+          static_cast<uintptr_t>(residency == host ? kCompressedAlignment : compression->element_bytes);
+      if (reinterpret_cast<uintptr_t>(address(residency)) % alignment != 0)
+        throw InvalidArgument(name + ": residency " + std::to_string(residency) + " must lie at a multiple of " +
+                              std::to_string(alignment) + " bytes for a compressed copy");
+    }
   }
 
   // In the order of the boundaries: what is waited for has been issued, so that no wait can last for ever.
@@ -268,6 +294,50 @@ void CopyPipeline::feed_all(Feeder& feeder) {
   }
 }
 
+// A compressed copy goes in whole slots.
+int64_t CopyPipeline::chunk_count(int32_t copy) const {
+  const int64_t size_bytes = copied_bytes(copy);
+  const int64_t chunk_bytes =
+      plan_.copies[static_cast<size_t>(copy)].compressed ? whole_slots(options_.chunk_bytes) : options_.chunk_bytes;
+  return size_bytes / chunk_bytes + (size_bytes % chunk_bytes != 0 ? 1 : 0);
+}
+
+void CopyPipeline::enqueue_chunk(const Feeder& feeder, int32_t copy, int64_t chunk, LinkCount* count) {
+  const Copy& fed = plan_.copies[static_cast<size_t>(copy)];
+  const int64_t size_bytes = copied_bytes(copy);
+  const unsigned char* const source = address(fed.source);
+  unsigned char* const destination = address(fed.destination);
+  if (!fed.compressed) {
+    const int64_t begin = chunk * options_.chunk_bytes;
+    backend_.copy(feeder.stream, destination + begin, source + begin,
+                  std::min(options_.chunk_bytes, size_bytes - begin));
+    return;
+  }
+  const int32_t element_bytes = plan_.storages[static_cast<size_t>(fed.storage)].compression->element_bytes;
+  const int64_t most = whole_slots(options_.chunk_bytes) / kernels::kCompressedChunkBytes;
+  CompressedSlots slots{.elements = size_bytes / element_bytes, .element_bytes = element_bytes, .begin = chunk * most};
+  slots.end = std::min(slots.begin + most, kernels::compressed_chunks(slots.elements, element_bytes));
+  if (fed.kind == CopyKind::kOffload) {
+    backend_.compress(feeder.stream, destination, source, slots, count);
+  } else {
+    backend_.decompress(feeder.stream, destination, source, slots);
+  }
+}
+
+// Waits until one more chunk may be in flight; false if nothing more is to be enqueued.
+bool CopyPipeline::make_room(Feeder& feeder) {
+  if (feeder.in_flight.size() < feeder.events.size()) return true;
+  const Chunk oldest = feeder.in_flight.front();
+  try {
+    backend_.synchronize(oldest.done);
+  } catch (const StreamFailed& error) {
+    throw failure_of(oldest.copy, error.what());
+  }
+  feeder.in_flight.pop_front();
+  const std::lock_guard lock(mutex_);
+  return !dropping();
+}
+
 void CopyPipeline::feed(Feeder& feeder, int32_t copy) {
   const auto index = static_cast<size_t>(copy);
   const Copy& fed = plan_.copies[index];
@@ -275,30 +345,23 @@ void CopyPipeline::feed(Feeder& feeder, int32_t copy) {
   const unsigned char* const source = address(fed.source);
   unsigned char* const destination = address(fed.destination);
   const bool offload = fed.kind == CopyKind::kOffload;
-  int64_t chunks = 0;
+  const int64_t chunks = chunk_count(copy);
+  LinkCount* count = nullptr;
+  if (fed.compressed && offload) {
+    const std::lock_guard lock(mutex_);
+    if (statistics_.steps % options_.count_every == 0) count = &count_;
+  }
   try {
     backend_.wait(feeder.stream, position_[static_cast<size_t>(fed.issue)]);
     for (const int32_t earlier : fed.after) backend_.wait(feeder.stream, done_[static_cast<size_t>(earlier)]);
     if (options_.checksums && offload) backend_.checksum(feeder.stream, source, size_bytes, &left_[index]);
-    for (int64_t begin = 0; begin < size_bytes; begin += std::min(options_.chunk_bytes, size_bytes - begin)) {
-      if (feeder.in_flight.size() == feeder.events.size()) {
-        const Chunk oldest = feeder.in_flight.front();
-        try {
-          backend_.synchronize(oldest.done);
-        } catch (const StreamFailed& error) {
-          throw failure_of(oldest.copy, error.what());
-        }
-        feeder.in_flight.pop_front();
-        const std::lock_guard lock(mutex_);
-        if (dropping()) return;
-      }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      if (!make_room(feeder)) return;
       const EventId event = feeder.events[feeder.next_event];
-      backend_.copy(feeder.stream, destination + begin, source + begin,
-                    std::min(options_.chunk_bytes, size_bytes - begin));
+      enqueue_chunk(feeder, copy, chunk, count);
       backend_.record(event, feeder.stream);
       feeder.in_flight.push_back({.copy = copy, .done = event});
       feeder.next_event = (feeder.next_event + 1) % feeder.events.size();
-      ++chunks;
     }
     const int32_t origin = offload_of_[index];
     if (options_.checksums && origin >= 0) {
@@ -531,7 +594,10 @@ void CopyPipeline::abort() noexcept {
 
 CopyStatistics CopyPipeline::statistics() const {
   const std::lock_guard lock(mutex_);
-  return statistics_;
+  CopyStatistics statistics = statistics_;
+  statistics.counted_bytes = count_.plain_bytes.load();
+  statistics.counted_link_bytes = count_.link_bytes.load();
+  return statistics;
 }
 
 }  // namespace splitkern::memory
