@@ -146,8 +146,8 @@ CHECK_NAMED(json_refusals, "json: what is refused, with path, line and column") 
   refused(R"({"format":"splitkern.plan"})",
           {"format must be \"splitkern.graph\"", "got \"splitkern.plan\"", "column 11"});
   refused(R"({"format":"splitkern.graph"})", {"must have the field \"version\""});
-  refused(R"({"format":"splitkern.graph","version":2})", {"version must be 1", "only version", "got 2"});
-  refused(R"({"format":"splitkern.graph","version":0})", {"version must be 1", "got 0"});
+  refused(R"({"format":"splitkern.graph","version":3})", {"version must be from 1 to 2", "newest version", "got 3"});
+  refused(R"({"format":"splitkern.graph","version":0})", {"version must be from 1 to 2", "got 0"});
   refused(R"({"format":"splitkern.graph","version":1,"x":1})",
           {"x is an unknown field", "durations_from, storages", "column 45"});
   refused(changed("\"patch\"", "\"patsh\""),
