@@ -58,7 +58,7 @@ def link_bytes(values: Tensor) -> int:
     bits = values.detach().reshape(-1).view(_INTEGERS[size])
     per_slot = CHUNK_BYTES // size
     total = HEADER_BYTES + math.ceil(bits.numel() / per_slot) * (per_slot // 8)
-    for piece in bits.split(_PIECE_BYTES // CHUNK_BYTES * per_slot):
+    for piece in torch.split(bits, _PIECE_BYTES // CHUNK_BYTES * per_slot):
         whole = piece.numel() // per_slot * per_slot
         kept = [(piece[:whole].view(-1, per_slot) != 0).sum(dim=1), (piece[whole:] != 0).sum().reshape(1)]
         total += int(((torch.cat(kept) * size + 15) // 16 * 16).sum())
