@@ -10,10 +10,14 @@
 
 #include "memory/errors.h"
 #include "memory/graph_json.h"
+#include "memory/liveness.h"
 #include "memory/native/graphs.h"
 #include "memory/plan_json.h"
 #include "memory/planner.h"
+#include "memory/schedule.h"
 #include "memory/simulator.h"
+#include "memory/storage_assignment.h"
+#include "memory/strategies/strategy.h"
 #include "memory/validator.h"
 #include "native/check.h"
 
@@ -102,6 +106,14 @@ CHECK_NAMED(compression_counts, "compression: the link carries less, the host sl
   check::require(fast.predicted.step_us < slow.predicted.step_us,
                  "with half the bytes " + std::to_string(fast.predicted.step_us) + " us, without " +
                      std::to_string(slow.predicted.step_us));
+  const Liveness live = analyse(graph, assign_storages(graph), limits);
+  Scheduler scheduler(graph, live, limits);
+  const Problem problem{.graph = graph, .live = live, .limits = limits, .device_bytes = kUnlimited};
+  const Schedule& schedule =
+      scheduler.run(layerwise_decisions(problem), CopyPolicy::kLayerwise, kUnlimited, kUnlimited);
+  check::require(std::abs(schedule.step_us - fast.predicted.step_us) <= 1e-6 * schedule.step_us,
+                 "decisions rest on the same times: " + std::to_string(schedule.step_us) + " us");
+  check::equal(schedule.host_live_bytes, fast.predicted.host_lower_bound_bytes, "live bytes on the host");
   const Timeline timeline = simulate(graph, fast);
   int64_t seen = 0;
   for (size_t index = 0; index < fast.copies.size(); ++index) {
