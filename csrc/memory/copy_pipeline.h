@@ -131,7 +131,6 @@ class CopyPipeline {
   };
   class Turn;  // the calling thread is inside
 
-  void require_well_formed(const Arenas& arenas) const;
   Feeder& feeder_of(int32_t copy) {
     return feeders_[plan_.copies[static_cast<size_t>(copy)].kind == CopyKind::kOffload ? 0 : 1];
   }
