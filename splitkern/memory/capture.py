@@ -331,7 +331,7 @@ def capture(
     modules = _modules(model, loss)
     _require_capturable(modules)
     with ExitStack() as stack:
-        stack.enter_context(_without_recomputation(model))
+        stack.enter_context(without_recomputation(model))
         stack.enter_context(_unchanged(modules))
         stack.enter_context(_fresh_autocast_cache())
         capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients, device_type)
@@ -396,7 +396,8 @@ def _where(path: str, module: nn.Module) -> str:
 
 
 @contextmanager
-def _without_recomputation(model: nn.Module) -> Iterator[None]:
+def without_recomputation(model: nn.Module) -> Iterator[None]:
+    """A split model as if split without ``recompute``; any other as it is."""
     forward: SplitForward | None = split_forward_of(model)
     if forward is None:
         yield
@@ -472,6 +473,8 @@ class _Capture:
         names: dict[int, str] = {}
         for path, module in modules.items():
             names.setdefault(id(module), path)
+        if hasattr(model, "capture_names"):  # of modules that run inside the model without being its own
+            names = model.capture_names() | names
         self.labels = Labels(self.recorder, names)
         self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}

@@ -7,21 +7,30 @@ module is given to :func:`splitkern.memory.compile.compile`, which captures, pla
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from splitkern.memory.capture import without_recomputation
 from splitkern.memory.compile import CompiledPlan, compile, uncompile_
 from splitkern.memory.record import CaptureError
+from splitkern.split import operator, surgery
+
+# What the planner recomputes is its own decision: the region may enter a graph without its recomputation.
+operator.is_recomputed_by_planner = True
 
 __all__ = ["PlannedGraph", "backend", "plans"]
 
@@ -100,9 +109,11 @@ def backend(
     Example:
         >>> model = torch.compile(model, backend="splitkern", options={"budget": "2GiB"})  # doctest: +SKIP
     """
+    _keep_dynamo_out()
     given = _checked(options, others)
     if not torch.is_grad_enabled() or not _is_trained(graph):
         return graph.forward
+    _require_whole_split(graph)
     partial = _graph_break(graph)
     if partial is not None:
         text = (
@@ -119,6 +130,14 @@ def backend(
     if not any(value is None or isinstance(value, FakeTensor) for value in examples):
         program.prepare(examples)
     return program
+
+
+@functools.cache
+def _keep_dynamo_out() -> None:
+    """A backward pass inside a compiled function runs this package's Python, which is nothing to trace."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add("splitkern.memory")
 
 
 def _checked(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +176,28 @@ def _concrete(value: Any) -> Any:
 # --- graph breaks -------------------------------------------------------------------------------------------------
 
 
+def _split_forwards(graph: fx.GraphModule) -> list[fx.Node]:
+    operators = (torch.ops.splitkern.split_forward, torch.ops.splitkern.split_forward.default)
+    return [node for node in graph.graph.nodes if node.op == "call_function" and node.target in operators]
+
+
+def _require_whole_split(graph: fx.GraphModule) -> None:
+    """Refuse to plan the pieces that Dynamo makes of a split region where it does not see it as one operator."""
+    if _split_forwards(graph):
+        return
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    files = [frame.filename for frame in reason.user_stack] if reason is not None else []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    if any(os.path.dirname(file) == os.path.dirname(surgery.__file__) for file in files):
+        raise CaptureError(
+            "Dynamo cannot trace this split model whole: that takes boundary=\"zero\" or \"halo\", a model that takes "
+            "tensors by position, and one tensor that it returns; use splitkern.compile(model, inputs, budget=...)"
+        )
+
+
 def _graph_break(graph: fx.GraphModule) -> str | None:
     """Why a graph is less than what was compiled; None where nothing speaks for that.
 
@@ -180,16 +221,17 @@ def _graph_break(graph: fx.GraphModule) -> str | None:
 
 
 def _calling_module() -> str | None:
-    """Class of the module that runs as plain Python between `torch.compile`'s wrapper and the frame being compiled."""
-    frame = sys._getframe()
-    found = None
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+    """Class of the outermost module of those that call each other in plain Python, where the innermost of them is the
+    one that Dynamo compiles.
+    """
+    frame, calling = sys._getframe(), []
+    while frame.f_code.co_name != "compile_wrapper":
         if frame.f_code is nn.Module._call_impl.__code__:
-            found = type(frame.f_locals["self"]).__name__
+            calling.append(type(frame.f_locals["self"]).__name__)
         if frame.f_back is None:
             return None
         frame = frame.f_back
-    return found
+    return calling[-1] if len(calling) > 1 else None
 
 
 # --- from Dynamo's graph to a module ------------------------------------------------------------------------------
@@ -288,6 +330,11 @@ class _GraphModel(nn.Module):
         step: _GraphStep = self.__dict__["_step"]
         return step.interpret(inputs)
 
+    def capture_names(self) -> dict[int, str]:
+        """Qualified names of the modules of split models in the graph, by identity; `capture` labels by them."""
+        step: _GraphStep = self.__dict__["_step"]
+        return {id(module): path for model in step.split_models for path, module in model.named_modules()}
+
 
 class _GraphStep:
     """The graph of a :class:`_GraphModel`, with what belongs where."""
@@ -301,6 +348,7 @@ class _GraphStep:
     ) -> None:
         self.places, self.held = places, held
         self.interpreter = _Interpreter(graph, scopes)
+        self.split_models = [operator.model_of(str(node.args[0])) for node in _split_forwards(graph)]
         arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
         returned = _returned(graph)
         #: For everything that the graph returns: the argument that it is, or -1.
@@ -332,7 +380,10 @@ class _GraphStep:
             next(remaining) if place.kind == "input" else self.held[place.name][0][self.held[place.name][1]]
             for place in self.places
         ]
-        results = self.interpreter.run(*arguments, enable_io_processing=False)
+        with ExitStack() as stack:
+            for model in self.split_models:
+                stack.enter_context(without_recomputation(model))
+            results = self.interpreter.run(*arguments, enable_io_processing=False)
         return [value for value, argument in zip(results, self.returned, strict=True) if argument < 0]
 
     def outputs(self, computed: Sequence[Tensor], arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -27,6 +27,9 @@ class Forward(Protocol):
         """The forward pass."""
 
 
+#: Whether graphs are made for a planner that decides itself what to recompute; others would lose ``recompute=True``.
+is_recomputed_by_planner = False
+
 _forwards: WeakValueDictionary[str, Forward] = WeakValueDictionary()
 _numbers = itertools.count()
 

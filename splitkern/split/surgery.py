@@ -72,7 +72,8 @@ class SplitForward:
     def _is_one_operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether Dynamo's graph can hold this forward pass as one operator; Dynamo guards all that is read here.
 
-        Not where each step draws boundaries, and not where backward recomputes, which a graph would not keep.
+        Not where each step draws boundaries; where backward recomputes, only for the planner, which decides that anew:
+        other graphs would lose it.
         """
         options = self.options
         training = [module.training for module in self.model.modules()]
@@ -80,7 +81,7 @@ class SplitForward:
             self.enabled
             and (training[0] or options.evaluation == "split")
             and self.returns_tensor is True
-            and not options.recompute
+            and (not options.recompute or operator.is_recomputed_by_planner)
             and options.boundary != "stochastic"
             and not kwargs
             and all(isinstance(value, Tensor) for value in args)
