@@ -637,8 +637,12 @@ class _Capture:
         what = f"{operator} in {where}" if operator else where
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
-        elif isinstance(error, UnsupportedOperatorException):
-            reason = "the operator has no shape rule (register_fake)"
+        elif isinstance(error, UnsupportedOperatorException) or "no fake impl registered" in str(error):
+            qualified = "::".join(operator.split(".")[:2])
+            reason = (
+                "the operator has no fake implementation, which tells the shapes of its results without computing them; "
+                f'register one with torch.library.register_fake("{qualified}", ...)'
+            )
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return CaptureError(f"cannot capture {what} ({self.phase}): {reason}")

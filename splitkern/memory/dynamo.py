@@ -14,7 +14,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from types import FrameType
@@ -169,7 +169,7 @@ def _returned(graph: fx.GraphModule) -> Sequence[Any]:
 
 
 def _concrete(value: Any) -> Any:
-    """The number behind a size that Dynamo keeps symbolic, None where it knows none: plans are for sizes as they come."""
+    """The number behind a size that Dynamo keeps symbolic, None where it knows none."""
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
 
 
@@ -193,7 +193,7 @@ def _require_whole_split(graph: fx.GraphModule) -> None:
         frame = frame.f_back
     if any(os.path.dirname(file) == os.path.dirname(surgery.__file__) for file in files):
         raise CaptureError(
-            "Dynamo cannot trace this split model whole: that takes boundary=\"zero\" or \"halo\", a model that takes "
+            'Dynamo cannot trace this split model whole: that takes boundary="zero" or "halo", a model that takes '
             "tensors by position, and one tensor that it returns; use splitkern.compile(model, inputs, budget=...)"
         )
 
@@ -361,15 +361,20 @@ class _GraphStep:
                     "symbolic cross a graph break; use torch.compile(..., dynamic=False)"
                 )
 
-    def put(self, arguments: Sequence[Any]) -> None:
-        """Makes parameters and buffers of a call's arguments; None: of nothing."""
+    @contextmanager
+    def holding(self, arguments: Sequence[Any]) -> Iterator[None]:
+        """Parameters and buffers of a call in their places, for as long as it takes: they are somebody else's."""
+        self._put(arguments)
+        try:
+            yield
+        finally:
+            self._put([None] * len(self.places))
+
+    def _put(self, arguments: Sequence[Any]) -> None:
         for place, value in zip(self.places, arguments, strict=True):
             if place.kind != "input":
                 tensors, key = self.held[place.name]
                 tensors[key] = value
-
-    def take_away(self) -> None:
-        self.put([None] * len(self.places))
 
     def inputs(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(value for place, value in zip(self.places, arguments, strict=True) if place.kind == "input")
@@ -444,11 +449,11 @@ class _Instance:
         self.planned = planned
 
     def prepare(self, arguments: Sequence[Any]) -> None:
-        with self._bound(arguments):
+        with self.step.holding(arguments):
             self._become_current(arguments)
 
     def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        with self._bound(arguments):
+        with self.step.holding(arguments):
             self._become_current(arguments)
             computed = self.model(*self.step.inputs(arguments))
             self._note_plan()
@@ -481,19 +486,3 @@ class _Instance:
         if plan is not self.planned.plan:
             self.planned.plan = plan
             self.planned.plans_made += 1
-
-    def _bound(self, arguments: Sequence[Any]) -> _Bound:
-        return _Bound(self.step, arguments)
-
-
-class _Bound:
-    """The parameters of a call, in their places for as long as it takes."""
-
-    def __init__(self, step: _GraphStep, arguments: Sequence[Any]) -> None:
-        self.step, self.arguments = step, arguments
-
-    def __enter__(self) -> None:
-        self.step.put(self.arguments)
-
-    def __exit__(self, *_: object) -> None:
-        self.step.take_away()

@@ -7,9 +7,9 @@ The operator is composite: whatever runs the graph, autograd and ahead-of-time t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -87,21 +87,20 @@ def _run(name: str, inputs: Sequence[Tensor], state: Sequence[Tensor]) -> Tensor
 def _holding(model: nn.Module, state: Sequence[Tensor]) -> Iterator[None]:
     """The model with other tensors in the places of its parameters and buffers."""
     given = {id(own): other for own, other in zip(state_of(model), state, strict=True)}
-    places = [
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
         (held, key, tensor)
         for module in model.modules()
         for held in (module._parameters, module._buffers)
         for key, tensor in held.items()
         if tensor is not None
     ]
-    put: Callable[[dict[str, Tensor | None], str, Tensor], None] = dict.__setitem__
     try:
         for held, key, tensor in places:
-            put(held, key, given[id(tensor)])  # type: ignore[arg-type]
+            held[key] = given[id(tensor)]
         yield
     finally:
         for held, key, tensor in places:
-            put(held, key, tensor)  # type: ignore[arg-type]
+            held[key] = tensor
 
 
 registrations.define("split_forward(str name, Tensor[] inputs, Tensor[] state) -> Tensor")
