@@ -473,8 +473,9 @@ class _Capture:
         names: dict[int, str] = {}
         for path, module in modules.items():
             names.setdefault(id(module), path)
-        if hasattr(model, "capture_names"):  # of modules that run inside the model without being its own
-            names = model.capture_names() | names
+        others: Any = getattr(model, "capture_names", None)
+        if others is not None:  # of modules that run inside the model without being its own
+            names = others() | names
         self.labels = Labels(self.recorder, names)
         self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
@@ -640,7 +641,7 @@ class _Capture:
         elif isinstance(error, UnsupportedOperatorException) or "no fake impl registered" in str(error):
             qualified = "::".join(operator.split(".")[:2])
             reason = (
-                "the operator has no fake implementation, which tells the shapes of its results without computing them; "
+                "the operator has no fake implementation, which tells the shapes of its results beforehand; "
                 f'register one with torch.library.register_fake("{qualified}", ...)'
             )
         else:

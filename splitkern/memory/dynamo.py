@@ -8,7 +8,6 @@ module is given to :func:`splitkern.memory.compile.compile`, which captures, pla
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 import warnings
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from splitkern.memory.capture import without_recomputation
 from splitkern.memory.compile import CompiledPlan, compile, uncompile_
 from splitkern.memory.record import CaptureError
-from splitkern.split import operator, surgery
+from splitkern.split import operator
 
 # What the planner recomputes is its own decision: the region may enter a graph without its recomputation.
-operator.is_recomputed_by_planner = True
+operator.is_for_planner = True
 
 __all__ = ["PlannedGraph", "backend", "plans"]
 
@@ -111,9 +109,10 @@ def backend(
     """
     _keep_dynamo_out()
     given = _checked(options, others)
+    if torch.is_grad_enabled():
+        _require_whole_split(graph)
     if not torch.is_grad_enabled() or not _is_trained(graph):
         return graph.forward
-    _require_whole_split(graph)
     partial = _graph_break(graph)
     if partial is not None:
         text = (
@@ -176,26 +175,19 @@ def _concrete(value: Any) -> Any:
 # --- graph breaks -------------------------------------------------------------------------------------------------
 
 
-def _split_forwards(graph: fx.GraphModule) -> list[fx.Node]:
-    operators = (torch.ops.splitkern.split_forward, torch.ops.splitkern.split_forward.default)
-    return [node for node in graph.graph.nodes if node.op == "call_function" and node.target in operators]
-
-
 def _require_whole_split(graph: fx.GraphModule) -> None:
-    """Refuse to plan the pieces that Dynamo makes of a split region where it does not see it as one operator."""
-    if _split_forwards(graph):
-        return
-    reason = getattr(graph, "compile_subgraph_reason", None)
-    files = [frame.filename for frame in reason.user_stack] if reason is not None else []
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        files.append(frame.f_code.co_filename)
-        frame = frame.f_back
-    if any(os.path.dirname(file) == os.path.dirname(surgery.__file__) for file in files):
+    """Refuse to plan without the split region, where Dynamo could not see it as one operator."""
+    if _calls(graph, torch.ops.splitkern.split_untraced):
         raise CaptureError(
-            'Dynamo cannot trace this split model whole: that takes boundary="zero" or "halo", a model that takes '
-            "tensors by position, and one tensor that it returns; use splitkern.compile(model, inputs, budget=...)"
+            'Dynamo cannot trace this split model whole: that takes boundary="zero" or "halo", tensors by position as '
+            "the only arguments, and one tensor that is returned; use splitkern.compile(model, inputs, budget=...)"
         )
+
+
+def _calls(graph: fx.GraphModule, packet: Any) -> list[fx.Node]:
+    return [
+        node for node in graph.graph.nodes if node.op == "call_function" and node.target in (packet, packet.default)
+    ]
 
 
 def _graph_break(graph: fx.GraphModule) -> str | None:
@@ -241,7 +233,7 @@ _HELD = re.compile(r"\._(modules|parameters|buffers)\['([^']*)'\]")
 
 @dataclass(frozen=True)
 class _Place:
-    """What a placeholder is: a parameter or buffer with a qualified name, or an input."""
+    """What a placeholder is: a "parameter" or "buffer" with a qualified name, an "input", or a "number" in a tensor."""
 
     kind: str
     name: str
@@ -252,6 +244,10 @@ def _places(graph: fx.GraphModule, examples: Sequence[Any]) -> list[_Place]:
     taken: set[str] = set()
     found = []
     for node, example in zip(nodes, examples, strict=True):
+        if isinstance(example, Tensor) and node.users and all(map(_is_item, node.users)):
+            # So Dynamo passes floats that it does not specialise: settings of modules, with dynamic=True.
+            found.append(_Place("number", node.name))
+            continue
         held = _HELD.findall(_source(node))
         kind = held[-1][0] if held else ""
         if not isinstance(example, Tensor) or (kind != "buffers" and not isinstance(example, nn.Parameter)):
@@ -263,6 +259,10 @@ def _places(graph: fx.GraphModule, examples: Sequence[Any]) -> list[_Place]:
         taken.add(name)
         found.append(_Place("buffer" if kind == "buffers" else "parameter", name))
     return found
+
+
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "item"
 
 
 def _source(node: fx.Node) -> str:
@@ -296,6 +296,8 @@ class _Interpreter(fx.Interpreter):
         self.scopes = scopes
 
     def run_node(self, n: fx.Node) -> Any:
+        if _is_item(n) and not isinstance(value := self.env[n.args[0]], Tensor):  # type: ignore[index]
+            return value
         path = "" if n.op in ("placeholder", "output") else _path(n)
         scope = self.scopes.get(path) if path else None
         return super().run_node(n) if scope is None else scope(super().run_node, n)
@@ -310,7 +312,7 @@ class _GraphModel(nn.Module):
         scopes: dict[str, _Scope] = {}
         held: dict[str, tuple[dict[str, Any], str]] = {}
         for place in places:
-            if place.kind != "input":
+            if place.kind in ("parameter", "buffer"):
                 path, _, key = place.name.rpartition(".")
                 owner = self._scope(path, scopes)
                 held[place.name] = (owner._parameters if place.kind == "parameter" else owner._buffers, key)
@@ -348,7 +350,9 @@ class _GraphStep:
     ) -> None:
         self.places, self.held = places, held
         self.interpreter = _Interpreter(graph, scopes)
-        self.split_models = [operator.model_of(str(node.args[0])) for node in _split_forwards(graph)]
+        self.split_models = [
+            operator.model_of(str(node.args[0])) for node in _calls(graph, torch.ops.splitkern.split_forward)
+        ]
         arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
         returned = _returned(graph)
         #: For everything that the graph returns: the argument that it is, or -1.
@@ -372,17 +376,22 @@ class _GraphStep:
 
     def _put(self, arguments: Sequence[Any]) -> None:
         for place, value in zip(self.places, arguments, strict=True):
-            if place.kind != "input":
+            if place.name in self.held:
                 tensors, key = self.held[place.name]
                 tensors[key] = value
 
     def inputs(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(value for place, value in zip(self.places, arguments, strict=True) if place.kind == "input")
+        """What the module is called with. Numbers are constants of a plan, so that other ones are planned anew."""
+        return tuple(
+            value.item() if place.kind == "number" else value
+            for place, value in zip(self.places, arguments, strict=True)
+            if place.name not in self.held
+        )
 
     def interpret(self, inputs: Sequence[Any]) -> list[Tensor]:
         remaining = iter(inputs)
         arguments = [
-            next(remaining) if place.kind == "input" else self.held[place.name][0][self.held[place.name][1]]
+            self.held[place.name][0][self.held[place.name][1]] if place.name in self.held else next(remaining)
             for place in self.places
         ]
         with ExitStack() as stack:

@@ -27,8 +27,9 @@ class Forward(Protocol):
         """The forward pass."""
 
 
-#: Whether graphs are made for a planner that decides itself what to recompute; others would lose ``recompute=True``.
-is_recomputed_by_planner = False
+#: Whether graphs are made for the planner, which decides itself what to recompute; others would lose
+#: ``recompute=True``. Set by importing its backend.
+is_for_planner = False
 
 _forwards: WeakValueDictionary[str, Forward] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -103,5 +104,21 @@ def _holding(model: nn.Module, state: Sequence[Tensor]) -> Iterator[None]:
             held[key] = tensor
 
 
-registrations.define("split_forward(str name, Tensor[] inputs, Tensor[] state) -> Tensor")
-registrations.impl("split_forward", _run, "CompositeImplicitAutograd")
+def mark_untraced(name: str, value: Any) -> Any:
+    """Puts a mark into Dynamo's graph, by which the planner's backend knows of a split model that is not one operator.
+
+    Args:
+        name: of the forward pass.
+        value: an argument of it; a tensor comes back equal, anything else as it is.
+    """
+    return torch.ops.splitkern.split_untraced(name, value) if isinstance(value, Tensor) else value
+
+
+def _same(name: str, input: Tensor) -> Tensor:
+    return input.view_as(input)
+
+
+registrations.define("split_forward(str name, Tensor[] inputs, Tensor[] state) -> Tensor")  # type: ignore[no-untyped-call]
+registrations.impl("split_forward", _run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+registrations.define("split_untraced(str name, Tensor(a) input) -> Tensor(a)")  # type: ignore[no-untyped-call]
+registrations.impl("split_untraced", _same, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

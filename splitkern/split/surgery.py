@@ -65,9 +65,16 @@ class SplitForward:
         self._programs, self._layouts = {}, OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and self._is_one_operator(args, kwargs):
-            return operator.split_forward(self.name, args, operator.state_of(self.model))
+        if torch.compiler.is_dynamo_compiling() and self._is_split():
+            if self._is_one_operator(args, kwargs):
+                return operator.split_forward(self.name, args, operator.state_of(self.model))
+            if operator.is_for_planner:
+                args = tuple(operator.mark_untraced(self.name, value) for value in args)
+                kwargs = {key: operator.mark_untraced(self.name, value) for key, value in kwargs.items()}
         return self.run(*args, **kwargs)
+
+    def _is_split(self) -> bool:
+        return self.enabled and (self.model.training or self.options.evaluation == "split")
 
     def _is_one_operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether Dynamo's graph can hold this forward pass as one operator; Dynamo guards all that is read here.
@@ -76,12 +83,11 @@ class SplitForward:
         other graphs would lose it.
         """
         options = self.options
-        training = [module.training for module in self.model.modules()]
+        is_training = [module.training for module in self.model.modules()]  # the graph holds only where all stay
         return (
-            self.enabled
-            and (training[0] or options.evaluation == "split")
+            len(is_training) > 0
             and self.returns_tensor is True
-            and (not options.recompute or operator.is_recomputed_by_planner)
+            and (not options.recompute or operator.is_for_planner)
             and options.boundary != "stochastic"
             and not kwargs
             and all(isinstance(value, Tensor) for value in args)
@@ -89,8 +95,8 @@ class SplitForward:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass: region in patches, then the rest."""
-        model, options = self.model, self.options
-        if not self.enabled or not (model.training or options.evaluation == "split"):
+        model = self.model
+        if not self._is_split():
             return type(model).forward(model, *args, **kwargs)
         program = self.program(model.training)
         values = self._bind(program, args, kwargs)
