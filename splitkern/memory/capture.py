@@ -254,7 +254,7 @@ class CapturedStep:
             _, _, sizes, *window = operation.call.args
             images = torch.randn(sizes, dtype=reads[0].dtype, device=device, generator=generator)
             reads[1].copy_(torch.ops.splitkern.patch_max_pool2d(images, *window)[1])
-        call = operation.call if operation.out_call is None or device.type == "cpu" else operation.out_call
+        call = operation.call if operation.out_call is None else operation.out_call
 
         def run() -> None:
             rewrite.run_call(call, reads, writes)

@@ -9,102 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from splitkern import _core
-from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.cost_model import CostModel, cost_model
-from splitkern.memory.executor import ExecutorOptions, StepExecutor
-from splitkern.memory.profile import DurationCache, measure_link, measure_step
-from splitkern.memory.report import bytes_text, parse_bytes
+from splitkern.memory.executor import ExecutorOptions
+from splitkern.memory.planned_step import BudgetError, CompiledPlan, CompileOptions, PlannedStep
+from splitkern.memory.report import parse_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["BudgetError", "CompiledPlan", "compile", "compiled_forward_of", "uncompile_"]
 
 
-class BudgetError(ValueError):
-    """No plan fits the budget.
-
-    Attributes:
-        budget_bytes: what was given.
-        smallest_bytes: the smallest budget that would do, with otherwise the same arguments.
-    """
-
-    def __init__(self, text: str, budget_bytes: int, smallest_bytes: int) -> None:
-        super().__init__(text)
-        self.budget_bytes = budget_bytes
-        self.smallest_bytes = smallest_bytes
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What `compile` was told. Bytes; gigabytes per second."""
-
-    budget: int | None
-    host_budget: int | None
-    strategy: str
-    costs: CostModel | str
-    link_gbps: float | None
-    optimizer_bytes: int
-    strict: bool
-    execution: ExecutorOptions
-
-
-@dataclass(frozen=True)
-class CompiledPlan:
-    """The plan that a compiled model runs, as `model.plan`.
-
-    Attributes:
-        graph: of the step.
-        plan: of the graph.
-        reserve_bytes: most that an operation without an ``.out`` form allocates beside the arena, by the plan.
-    """
-
-    graph: _core.Graph
-    plan: _core.Plan
-    reserve_bytes: int
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPlan:
-        return self  # nothing in it ever changes
-
-    @property
-    def peak_bytes(self) -> int:
-        """Device bytes of a step: arena, parameters, buffers, inputs, gradients of parameters, and the reserve."""
-        predicted = self.plan.predicted
-        return predicted.device_peak_bytes + predicted.parameters_peak_bytes + self.reserve_bytes
-
-    @property
-    def predicted_step_ms(self) -> float:
-        """Time of a step, by the durations that the plan was made with."""
-        return self.plan.predicted.step_us / 1000
-
-    def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON."""
-        Path(path).write_text(self.plan.to_json())
-
-    def plot(self, path: str | Path) -> None:
-        """Draws the plan as a PNG: time across, address up."""
-        from splitkern.memory.picture import scene_of_plan
-        from splitkern.memory.picture_png import write_png
-        from splitkern.memory.report import PlanView
-        from splitkern.memory.timeline import Timeline
-
-        timeline = Timeline.of(_core.simulate(self.graph, self.plan))
-        write_png(Path(path), scene_of_plan(PlanView(self.graph, self.plan), timeline))
-
-
 class CompiledForward:
     """The ``forward`` of a compiled model.
 
-    Copies and pickles with its model; plans are made again where needed. One step at a time.
+    Copies and pickles with its model; plans are made again where needed.
 
     Attributes:
         replans: how often a forward pass came with shapes or settings that no plan was there for.
@@ -116,7 +41,7 @@ class CompiledForward:
         # What the instance had before, such as the forward of a split; None: the class's own.
         self.inner: Callable[..., Any] | None = model.__dict__.get("forward")
         self.replans = 0
-        self._steps: dict[Any, _PlannedStep] = {}
+        self._steps: dict[Any, PlannedStep] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "options": self.options, "inner": self.inner}
@@ -136,6 +61,14 @@ class CompiledForward:
             return self.original(*args, **kwargs)
         if kwargs:
             raise TypeError(f"a compiled model takes its inputs by position in training, got {sorted(kwargs)} by name")
+        return self.planned(args)(self.model, args)
+
+    def planned(self, args: tuple[Any, ...]) -> PlannedStep:
+        """The step for these inputs, planned anew where there is none for them.
+
+        Raises:
+            ValueError: there is none, and `strict` forbids another one.
+        """
         planned = self._steps.get(self._key(args))
         if planned is None:
             if self.options.strict and self._steps:
@@ -146,13 +79,14 @@ class CompiledForward:
                 )
             planned = self.prepare(args)
             self.replans += 1
-        return planned(self.model, args)
+        return planned
 
-    def prepare(self, args: tuple[Any, ...]) -> _PlannedStep:
+    def prepare(self, args: tuple[Any, ...]) -> PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""
         # Of all plans one is kept, and it goes before the next one comes: arenas are as large as the budget.
         self._steps = {}
-        planned = _PlannedStep(self, args)
+        with _as_before(self):
+            planned = PlannedStep(self.model, args, self.options)
         self._steps = {self._key(args): planned}
         self.model.__dict__["plan"] = planned.plan
         return planned
@@ -214,136 +148,6 @@ def _shapes(key: Any) -> str:
     return ", ".join(str(list(one[0])) for one in key[0] if isinstance(one, tuple))
 
 
-class _PlannedStep:
-    """One captured step with its plan and its executor."""
-
-    def __init__(self, forward: CompiledForward, args: tuple[Any, ...]) -> None:
-        model, options = forward.model, forward.options
-        with _as_before(forward):
-            step = capture(model, args, given_gradients=True)
-        step, limits = _on_machine(step, options)
-        graph = _core.Graph.from_json(step.graph_json())
-        reserve_bytes = reserve_of(step)
-        plan = _plan(graph, limits, options, reserve_bytes)
-        self.executor = StepExecutor(step, graph, plan, options.execution)
-        self.plan = CompiledPlan(graph, plan, reserve_bytes)
-        self._structure = step.structure
-        self.parameter_names = [name for name, p in model.named_parameters() if p.requires_grad]
-        leaves, _ = tree_flatten(args)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.input_names = [f"input.{i}" if t.requires_grad else None for i, t in enumerate(tensors)]
-        self.differentiable = step.differentiable
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
-        leaves, _ = tree_flatten(args)
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        parameters = dict(model.named_parameters())
-        trained = [parameters[name] for name in self.parameter_names]
-        outputs = _RunStep.apply(self, model, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
-        assert self._structure is not None
-        return tree_unflatten(list(outputs), self._structure)
-
-
-def reserve_of(step: CapturedStep) -> int:
-    """Most bytes that one operation allocates beside its places: the results of what has no ``.out`` form."""
-    most = 0
-    for operation in step.operations:
-        call = operation.call if operation.out_call is None else operation.out_call
-        places = [operation.writes[place] for place in call.results if place is not None]
-        most = max(most, sum(_dense_bytes(step, place) for place in places))
-    return most
-
-
-def _dense_bytes(step: CapturedStep, place: int) -> int:
-    tensor = step.tensors[place]
-    return math.prod(tensor.sizes) * tensor.element_bytes
-
-
-def _on_machine(step: CapturedStep, options: CompileOptions) -> tuple[CapturedStep, dict[str, float]]:
-    """The step with durations, and the machine's link."""
-    costs = options.costs
-    if isinstance(costs, CostModel):
-        step = step.with_durations(costs.durations_us(step.operations), costs.label)
-        rates = {
-            "offload_gbps": costs.offload_gbps,
-            "prefetch_gbps": costs.prefetch_gbps,
-            "copy_latency_us": costs.copy_latency_us,
-        }
-    else:
-        profile = measure_step(step, cache=DurationCache())
-        step = step.with_durations(profile.durations_us, profile.label, workspace_bytes=profile.workspace_bytes)
-        rates = {}
-        if options.link_gbps is None and options.budget is not None:
-            link = measure_link(step.device, size_bytes=32 << 20)
-            rates = {"offload_gbps": link.offload_computing_gbps, "prefetch_gbps": link.prefetch_computing_gbps}
-    if options.link_gbps is not None:
-        rates |= {"offload_gbps": options.link_gbps, "prefetch_gbps": options.link_gbps}
-    return step, rates
-
-
-def _plan(graph: _core.Graph, rates: dict[str, float], options: CompileOptions, reserve_bytes: int) -> _core.Plan:
-    if options.budget is None:
-        return _core.plan(graph, _core.Limits(), strategy="none")
-    beside = reserve_bytes + options.optimizer_bytes
-    limits = _core.Limits(
-        device_bytes=max(options.budget - beside, 0),
-        host_bytes=options.host_budget,
-        offload_gbps=rates.get("offload_gbps", 0.0),
-        prefetch_gbps=rates.get("prefetch_gbps", 0.0),
-        copy_latency_us=rates.get("copy_latency_us", 0.0),
-    )
-    try:
-        return _core.plan(graph, limits, strategy=options.strategy)
-    except _core.Infeasible as error:
-        if error.pool != "device":
-            raise BudgetError(
-                f"host_budget={bytes_text(options.host_budget)} is too small: {error}",
-                error.budget_bytes,
-                error.smallest_feasible_bytes,
-            ) from error
-        smallest = error.smallest_feasible_bytes + beside
-        parts = f"reserve {bytes_text(reserve_bytes)}, optimizer {bytes_text(options.optimizer_bytes)}"
-        raise BudgetError(
-            f"budget={bytes_text(options.budget)} ({options.budget} bytes) is too small for a step of this model: "
-            f"the smallest that would do is {bytes_text(smallest)} ({smallest} bytes), of which "
-            f"{bytes_text(beside)} lie beside the plan ({parts}); "
-            "use a smaller batch, a larger budget, or split_ with a finer grid",
-            options.budget,
-            smallest,
-        ) from error
-
-
-class _RunStep(torch.autograd.Function):
-    """The planned step as one function of autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, planned: _PlannedStep, model: nn.Module, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
-        outputs = planned.executor.forward(values, tensors[:count])
-        ctx.planned, ctx.count = planned, count
-        ctx.number = planned.executor.number
-        ctx.set_materialize_grads(True)
-        ctx.mark_non_differentiable(*(out for i, out in enumerate(outputs) if i not in planned.differentiable))
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        planned: _PlannedStep = ctx.planned
-        if ctx.number != planned.executor.number or not planned.executor.is_between:
-            raise RuntimeError(
-                "the activations of this forward pass are gone: a compiled model keeps those of its last forward pass, "
-                "for one backward pass (no retain_graph, no second forward pass in between; uncompile_ allows both)"
-            )
-        given = [grads[i] for i in planned.differentiable]
-        found = planned.executor.backward(given)
-        of_inputs = [None if name is None else found.get(name) for name in planned.input_names]
-        of_parameters = [found.get(name) for name in planned.parameter_names]
-        return (None, None, None, *of_inputs, *of_parameters)
-
-
 # --- the public functions -----------------------------------------------------------------------------------------
 
 
@@ -357,6 +161,8 @@ def compile(
     costs: str | CostModel = "measured",
     link_gbps: float | None = None,
     optimizer_bytes: int = 0,
+    accumulate: bool = False,
+    in_flight: int = 1,
     strict: bool = False,
     execution: ExecutorOptions | None = None,
 ) -> Model:
@@ -379,6 +185,9 @@ def compile(
         costs: "measured": every operation is timed on this machine (kept on disk); or a cost model, or its name.
         link_gbps: bandwidth of host copies, each way, in 10^9 bytes per second; None: measured, or the cost model's.
         optimizer_bytes: what the optimizer's state takes.
+        accumulate: gradients are added to those of earlier steps (``zero_grad`` comes less often than ``backward``, or
+            with ``set_to_none=False``), so that the budget holds each twice.
+        in_flight: forward passes that may wait for their backward pass at a time, each with an arena of its own.
         strict: refuse inputs of other shapes instead of planning anew.
         execution: how copies run; `ExecutorOptions(debug=True)` checks every copy and poisons freed memory.
 
@@ -412,6 +221,8 @@ def compile(
         raise ValueError(f"link_gbps must be a positive number, got {link_gbps}")
     if optimizer_bytes < 0:
         raise ValueError(f"optimizer_bytes must not be negative, got {optimizer_bytes}")
+    if not isinstance(in_flight, int) or in_flight < 1:
+        raise ValueError(f"in_flight must be a whole number of at least 1, got {in_flight!r}")
     options = CompileOptions(
         budget=_bytes("budget", budget),
         host_budget=_bytes("host_budget", host_budget),
@@ -419,6 +230,8 @@ def compile(
         costs=costs,
         link_gbps=link_gbps,
         optimizer_bytes=optimizer_bytes,
+        accumulate=accumulate,
+        in_flight=in_flight,
         strict=strict,
         execution=ExecutorOptions() if execution is None else execution,
     )

@@ -14,18 +14,21 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from splitkern.memory.allocated_bytes import AllocatedBytes
+
 if TYPE_CHECKING:
     from splitkern.benchmarks.gpu_timing import Timer
     from splitkern.memory.capture import CapturedOperation, CapturedStep
 
-_FORMAT, _VERSION = "splitkern.duration", 1
+_FORMAT, _VERSION = "splitkern.duration", 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Measured:
     Attributes:
         duration_us: median of the samples.
         samples: how many.
-        workspace_bytes: device memory that it allocated while it ran; 0 on the CPU.
+        workspace_bytes: device memory that it allocated while it ran, results that it returns included.
     """
 
     duration_us: float
@@ -153,7 +156,7 @@ def label(device: torch.device) -> str:
 
 def key_of(step: CapturedStep, operation: CapturedOperation, device: torch.device) -> dict[str, Any]:
     """All that the duration of an operation depends on, as JSON holds it."""
-    call = operation.call if operation.out_call is None or device.type == "cpu" else operation.out_call
+    call = operation.call if operation.out_call is None else operation.out_call
 
     def tensors(places: Sequence[int]) -> list[Any]:
         boxes = (step.tensors[place] for place in places)
@@ -217,59 +220,86 @@ def measure_step(
     device = step.device if device is None else device
     if timer is None:
         timer = DeviceTimer(device) if device.type == "cuda" else HostTimer()
+    keys = [key_of(step, operation, device) for operation in step.operations]
+    names = [json.dumps(key, sort_keys=True) for key in keys]
     first: dict[str, int] = {}
-    names = []
-    keys = {}
-    for index, operation in enumerate(step.operations):
-        key = key_of(step, operation, device)
-        name = json.dumps(key, sort_keys=True)
-        names.append(name)
-        keys[name] = key
+    for index, name in enumerate(names):
         first.setdefault(name, index)
     found: dict[str, Measured] = {}
-    cached = 0
+    new: dict[str, int] = {}
     for done, (name, index) in enumerate(first.items()):
-        before = cache.get(keys[name]) if cache is not None else None
+        before = cache.get(keys[index]) if cache is not None else None
         if before is None:
             found[name] = _measure(step, index, device, timer, budget_ms)
-            if cache is not None:
-                cache.put(keys[name], found[name])
+            new[name] = index
         else:
             found[name] = before
-            cached += 1
         if progress is not None:
             progress(done + 1, len(first))
-    return Profile([found[name] for name in names], label(device), len(first) - cached, cached)
+    workspaces = measure_workspaces(step, list(new.values()), device=device)
+    for (name, index), workspace_bytes in zip(new.items(), workspaces, strict=True):
+        found[name] = replace(found[name], workspace_bytes=workspace_bytes)
+        if cache is not None:
+            cache.put(keys[index], found[name])
+    return Profile([found[name] for name in names], label(device), len(new), len(first) - len(new))
 
 
 def _measure(step: CapturedStep, index: int, device: torch.device, timer: Timer, budget_ms: float) -> Measured:
     from splitkern.benchmarks.gpu_timing import measure
 
+    with _named(step, index, device):
+        timing = measure(timer, {"operation": step.runnable(index, device)}, budget_ms=budget_ms)["operation"]
+    return Measured(timing.ms.median * 1e3, timing.samples, 0)
+
+
+@contextmanager
+def _named(step: CapturedStep, index: int, device: torch.device) -> Iterator[None]:
+    """What goes wrong names the operation."""
     operation = step.operations[index]
     try:
-        run = step.runnable(index, device)
-        workspace_bytes = _workspace_bytes(run, device)
-        timing = measure(timer, {"operation": run}, budget_ms=budget_ms)["operation"]
+        yield
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         where = f" of module {operation.module}" if operation.module else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(
             f"{operation.name} ({operation.target}){where} cannot be measured on {device}: {reason}"
         ) from error
-    return Measured(timing.ms.median * 1e3, timing.samples, workspace_bytes)
 
 
-def _workspace_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """What a call allocates while it runs. The first call of a shape may allocate more: it chooses algorithms."""
-    run()
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def measure_workspaces(
+    step: CapturedStep, indices: Sequence[int] | None = None, *, device: torch.device | None = None
+) -> list[int]:
+    """Measures what operations allocate while they run: scratch, and results that have no destination to go to.
+
+    Args:
+        step: captured.
+        indices: of the operations; all of them unless given, equal ones measured once.
+        device: where to measure; the step's own unless given.
+
+    Returns:
+        Most bytes at a time, of each, by the allocator's own events.
+
+    Raises:
+        RuntimeError: where an operation does not run; the text names it and its module.
+    """
+    device = step.device if device is None else device
+    chosen = list(range(len(step.operations))) if indices is None else list(indices)
+    names = [json.dumps(key_of(step, step.operations[index], device), sort_keys=True) for index in chosen]
+    first: dict[str, int] = {}
+    for index, name in zip(chosen, names, strict=True):
+        first.setdefault(name, index)
+    if not first:
+        return []
+    with AllocatedBytes(device) as allocated:
+        for name, index in first.items():
+            with _named(step, index, device):
+                run = step.runnable(index, device)
+                if device.type == "cuda":
+                    run()  # the first call of a shape may allocate more: it chooses algorithms
+                with allocated.label(name):
+                    run()
+    most = dict(allocated.peak_in)
+    return [most[name] for name in names]
 
 
 @dataclass(frozen=True)

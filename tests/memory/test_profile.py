@@ -140,7 +140,7 @@ def test_cache_keeps_and_replaces(tmp_path: Path) -> None:
         b"[]",
         b"null",
         b'{"format": "splitkern.duration", "version": 1}',
-        b"version 2",
+        b"version 1",
         b"other key",
         b"negative",
         b"nan",
@@ -153,7 +153,7 @@ def test_bad_entries_are_ignored_with_a_warning(tmp_path: Path, content: bytes) 
     file = entry(cache)
     good = json.loads(file.read_text())
     changes: dict[bytes, dict[str, Any]] = {
-        b"version 2": {"version": 2},
+        b"version 1": {"version": 1},
         b"other key": {"key": {"call": "y"}},
         b"negative": {"duration_us": -1.0},
         b"nan": {"duration_us": float("nan")},

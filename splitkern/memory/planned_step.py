@@ -1,0 +1,289 @@
+"""One training step of a model captured, planned under a byte budget, and ready to run; `compile` keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from splitkern import _core
+from splitkern.memory.accounting import Accounting, accounting_of
+from splitkern.memory.capture import CapturedStep, capture
+from splitkern.memory.cost_model import CostModel
+from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from splitkern.memory.graphs import require_graphs
+from splitkern.memory.profile import DurationCache, measure_link, measure_step, measure_workspaces
+from splitkern.memory.report import bytes_text
+from splitkern.memory.step_functions import run_step
+
+__all__ = ["BudgetError", "CompileOptions", "CompiledPlan", "PlannedStep"]
+
+
+class BudgetError(ValueError):
+    """No plan fits the budget.
+
+    Attributes:
+        budget_bytes: what was given.
+        smallest_bytes: the smallest budget that would do, with otherwise the same arguments.
+        is_of_device: whether `budget` is too small; else `host_budget`.
+    """
+
+    def __init__(self, text: str, budget_bytes: int, smallest_bytes: int, *, is_of_device: bool = True) -> None:
+        super().__init__(text)
+        self.is_of_device = is_of_device
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `compile` was told. Bytes; gigabytes per second."""
+
+    budget: int | None
+    host_budget: int | None
+    strategy: str
+    costs: CostModel | str
+    link_gbps: float | None
+    optimizer_bytes: int
+    accumulate: bool
+    in_flight: int
+    strict: bool
+    execution: ExecutorOptions
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """The plan that a compiled model runs, as `model.plan`.
+
+    Attributes:
+        graph: of the step.
+        plan: of the graph.
+        accounting: what lies on the device beside the arena.
+    """
+
+    graph: _core.Graph
+    plan: _core.Plan
+    accounting: Accounting
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPlan:
+        return self  # nothing in it ever changes
+
+    @property
+    def arena_bytes(self) -> int:
+        """Device memory for one step's activations."""
+        return self.plan.predicted.device_peak_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory, pinned on CUDA, for what one step offloads."""
+        return self.plan.predicted.host_peak_bytes
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Most that an operation allocates beside the arena, as measured, and what the model returns."""
+        return self.accounting.reserve_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Device bytes of training by this plan: what the budget is compared with."""
+        return self.accounting.budget_for(self.arena_bytes)
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether nothing is copied or recomputed: the model fits as it is."""
+        return not self.plan.copies and not any(instance.is_recomputation for instance in self.plan.instances)
+
+    @property
+    def predicted_step_ms(self) -> float:
+        """Time of a step, by the durations that the plan was made with."""
+        return self.plan.predicted.step_us / 1000
+
+    def __str__(self) -> str:
+        recomputed = sum(instance.is_recomputation for instance in self.plan.instances)
+        done = f"{len(self.plan.copies)} copies, {recomputed} operations recomputed"
+        parts = self.accounting
+        arenas = f"arena {bytes_text(self.arena_bytes)}" + (f" x {parts.in_flight}" if parts.in_flight > 1 else "")
+        return (
+            f"{'left alone: it fits' if self.is_left_alone else done}; {bytes_text(self.peak_bytes)} predicted at the "
+            f"peak: {arenas}, parameters and inputs {bytes_text(parts.given_bytes)}, gradients "
+            f"{bytes_text(parts.gradient_bytes)}, reserve {bytes_text(parts.reserve_bytes)}, optimizer and the "
+            f"like {bytes_text(parts.beside_bytes)}; host {bytes_text(self.host_bytes)}; "
+            f"{self.predicted_step_ms:.1f} ms predicted"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan as JSON."""
+        Path(path).write_text(self.plan.to_json())
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the plan as a PNG: time across, address up."""
+        from splitkern.memory.picture import scene_of_plan
+        from splitkern.memory.picture_png import write_png
+        from splitkern.memory.report import PlanView
+        from splitkern.memory.timeline import Timeline
+
+        timeline = Timeline.of(_core.simulate(self.graph, self.plan))
+        write_png(Path(path), scene_of_plan(PlanView(self.graph, self.plan), timeline))
+
+
+class PlannedStep:
+    """One captured step with its plan and its executors.
+
+    Attributes:
+        step: as captured, with durations.
+        workspace_bytes: what each of its operations allocates beside the arena, as measured.
+        plan: what the model shows.
+        executors: one per step in flight.
+
+    Args:
+        model: to capture, with the forward that is to be captured.
+        args: of its forward.
+        options: of `compile`.
+
+    Raises:
+        BudgetError, CaptureError, RuntimeError: see `compile`.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], options: CompileOptions) -> None:
+        step = capture(model, args, given_gradients=True)
+        if options.execution.cuda_graphs:
+            require_graphs(step.device, debug=options.execution.debug)
+        step, workspaces, rates = _on_machine(step, options)
+        graph = _core.Graph.from_json(step.graph_json())
+        plan, accounting = _plan(step, graph, workspaces, rates, options)
+        self.executors = [StepExecutor(step, graph, plan, options.execution) for _ in range(options.in_flight)]
+        self.plan = CompiledPlan(graph, plan, accounting)
+        assert step.structure is not None
+        self.step = step
+        self.workspace_bytes = workspaces
+        self._structure = step.structure
+        self._differentiable = step.differentiable
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
+        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        # One that is free; else the one whose forward pass is the oldest gives it up.
+        executor = min(self.executors, key=lambda one: (one.next_part is not None, one.begun_at))
+        outputs = run_step(executor, tensors, inputs, self._differentiable, kept=len(self.executors))
+        return tree_unflatten(outputs, self._structure)
+
+
+def _on_machine(step: CapturedStep, options: CompileOptions) -> tuple[CapturedStep, list[int], dict[str, float]]:
+    """The step with durations, what its operations allocate, and the machine's link."""
+    costs = options.costs
+    if isinstance(costs, CostModel):
+        durations, label = costs.durations_us(step.operations), costs.label
+        workspaces = measure_workspaces(step)
+        rates = {
+            "offload_gbps": costs.offload_gbps,
+            "prefetch_gbps": costs.prefetch_gbps,
+            "copy_latency_us": costs.copy_latency_us,
+        }
+    else:
+        profile = measure_step(step, cache=DurationCache())
+        durations, label, workspaces = profile.durations_us, profile.label, profile.workspace_bytes
+        rates = {}
+        if options.link_gbps is None and options.budget is not None:
+            link = measure_link(step.device, size_bytes=32 << 20)
+            rates = {"offload_gbps": link.offload_computing_gbps, "prefetch_gbps": link.prefetch_computing_gbps}
+    if options.link_gbps is not None:
+        rates |= {"offload_gbps": options.link_gbps, "prefetch_gbps": options.link_gbps}
+    # The graph has no workspaces: planned ones would lie in the arena, and PyTorch's allocator serves these.
+    return step.with_durations(durations, label), workspaces, rates
+
+
+def _plan(
+    step: CapturedStep,
+    graph: _core.Graph,
+    workspace_bytes: list[int],
+    rates: dict[str, float],
+    options: CompileOptions,
+) -> tuple[_core.Plan, Accounting]:
+    """The plan, and what lies beside its arena."""
+
+    def account(plan: _core.Plan) -> Accounting:
+        return accounting_of(
+            step,
+            plan,
+            workspace_bytes,
+            in_flight=options.in_flight,
+            optimizer_bytes=options.optimizer_bytes,
+            accumulate=options.accumulate,
+            cuda_graphs=options.execution.cuda_graphs,
+        )
+
+    kept = _core.plan(graph, _core.Limits(), strategy="none")
+    if options.budget is None:
+        return kept, account(kept)
+    parameters_bytes = kept.predicted.parameters_peak_bytes
+
+    def plan_under(budget: int) -> tuple[_core.Plan, Accounting]:
+        accounting = account(kept)
+        while True:
+            limits = _core.Limits(
+                device_bytes=max(accounting.arena_under(budget) + parameters_bytes, 0),
+                host_bytes=options.host_budget,
+                offload_gbps=rates.get("offload_gbps", 0.0),
+                prefetch_gbps=rates.get("prefetch_gbps", 0.0),
+                copy_latency_us=rates.get("copy_latency_us", 0.0),
+            )
+            try:
+                plan = _core.plan(graph, limits, strategy=options.strategy)
+            except _core.Infeasible as error:
+                raise _budget_error(error, budget, parameters_bytes, accounting, options) from error
+            found = account(plan)
+            if found.budget_for(plan.predicted.device_peak_bytes) <= budget:
+                return plan, found
+            # What is recomputed allocates when more gradients are there than in the step as captured.
+            accounting = replace(found, outside_bytes=max(found.outside_bytes, accounting.outside_bytes + 1))
+
+    try:
+        return plan_under(options.budget)
+    except BudgetError as error:
+        found = error
+    while found.is_of_device:
+        # The budget that the error names is tried: its plan may need more beside the arena than was counted.
+        try:
+            plan_under(found.smallest_bytes)
+            break
+        except BudgetError as error:
+            found = error
+    raise _with_budget(found, options.budget)
+
+
+def _budget_error(
+    error: _core.Infeasible, budget: int, parameters_bytes: int, accounting: Accounting, options: CompileOptions
+) -> BudgetError:
+    if error.pool != "device":
+        return BudgetError(
+            f"host_budget={bytes_text(options.host_budget)} is too small: {error}",
+            error.budget_bytes,
+            error.smallest_feasible_bytes,
+            is_of_device=False,
+        )
+    arena_bytes = error.smallest_feasible_bytes - parameters_bytes
+    smallest = accounting.budget_for(arena_bytes)
+    arenas = f"{accounting.in_flight} x " if accounting.in_flight > 1 else ""
+    return BudgetError(
+        f"the smallest that would do is {bytes_text(smallest)} ({smallest} bytes): activations "
+        f"{arenas}{bytes_text(arena_bytes)}, parameters and inputs {bytes_text(accounting.given_bytes)}, gradients "
+        f"{bytes_text(accounting.gradient_bytes)}, reserve {bytes_text(accounting.reserve_bytes)}, optimizer and "
+        f"the like {bytes_text(accounting.beside_bytes)}; "
+        "use a smaller batch, a larger budget, or split_ with a finer grid",
+        budget,
+        smallest,
+    )
+
+
+def _with_budget(error: BudgetError, budget: int) -> BudgetError:
+    if not error.is_of_device:
+        return error
+    return BudgetError(
+        f"budget={bytes_text(budget)} ({budget} bytes) is too small for a step of this model: {error}",
+        budget,
+        error.smallest_bytes,
+    )
