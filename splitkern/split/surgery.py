@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from splitkern import geometry
 from splitkern.geometry import Bounds
-from splitkern.split import execute
+from splitkern.split import execute, operator
 from splitkern.split.layout import Layout, axis_extents, axis_layout
 from splitkern.split.operations import BatchNorm
 from splitkern.split.options import Options, check_norm, make_options
@@ -43,6 +43,9 @@ class SplitForward:
         self.options = options
         self.constants = constants
         self.enabled = True
+        #: Whether the model returns one tensor; None where no program has been built yet.
+        self.returns_tensor: bool | None = None
+        self.name = operator.register(self)
         self._programs: dict[bool, Program] = {}
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
 
@@ -52,15 +55,48 @@ class SplitForward:
             "options": self.options,
             "constants": self.constants,
             "enabled": self.enabled,
+            "returns_tensor": self.returns_tensor,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.returns_tensor = None
         self.__dict__.update(state)
+        self.name = operator.register(self)
         self._programs, self._layouts = {}, OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, options = self.model, self.options
-        if not self.enabled or not (model.training or options.evaluation == "split"):
+        if torch.compiler.is_dynamo_compiling() and self._is_split():
+            if self._is_one_operator(args, kwargs):
+                return operator.split_forward(self.name, args, operator.state_of(self.model))
+            if operator.is_for_planner:
+                args = tuple(operator.mark_untraced(self.name, value) for value in args)
+                kwargs = {key: operator.mark_untraced(self.name, value) for key, value in kwargs.items()}
+        return self.run(*args, **kwargs)
+
+    def _is_split(self) -> bool:
+        return self.enabled and (self.model.training or self.options.evaluation == "split")
+
+    def _is_one_operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether Dynamo's graph can hold this forward pass as one operator; Dynamo guards all that is read here.
+
+        Not where each step draws boundaries; where backward recomputes, only for the planner, which decides that anew:
+        other graphs would lose it.
+        """
+        options = self.options
+        is_training = [module.training for module in self.model.modules()]  # the graph holds only where all stay
+        return (
+            len(is_training) > 0
+            and self.returns_tensor is True
+            and (not options.recompute or operator.is_for_planner)
+            and options.boundary != "stochastic"
+            and not kwargs
+            and all(isinstance(value, Tensor) for value in args)
+        )
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass: region in patches, then the rest."""
+        model = self.model
+        if not self._is_split():
             return type(model).forward(model, *args, **kwargs)
         program = self.program(model.training)
         values = self._bind(program, args, kwargs)
@@ -79,6 +115,7 @@ class SplitForward:
             check_norm(self.options, first_batch_norm(program))
             check_no_hooks(program)
             self._programs[training] = program
+            self.returns_tensor = isinstance(program.tail[-1].args[0], fx.Node)
             self._layouts.clear()
         return program
 
