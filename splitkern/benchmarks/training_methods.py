@@ -142,16 +142,20 @@ def _save_on_cpu(model: nn.Module, images: Tensor, case: TrainingCase, budget: i
 
 
 def _checkpoint(model: nn.Module, images: Tensor, case: TrainingCase, budget: int) -> Prepared:
-    """Segments of a VGG's features, as many as the square root of its modules; every block of a ResNet.
+    """A VGG's features in as many segments as the square root of its layers; every block of a ResNet.
 
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
     features = getattr(model, "features", None)
     if isinstance(features, nn.Sequential):
-        # A sequence of its own: the forward of `features` is replaced.
-        modules = nn.Sequential(*features)
-        segments = round(len(modules) ** 0.5)
-        features.forward = partial(checkpoint_sequential, modules, segments, use_reentrant=False)  # type: ignore[method-assign]
+        # A layer with what follows it: a segment that begins with an in-place ReLU would overwrite its own input.
+        layers: list[nn.Sequential] = []
+        for module in features:
+            if not layers or isinstance(module, nn.Conv2d | nn.MaxPool2d):
+                layers.append(nn.Sequential())
+            layers[-1].append(module)
+        run = partial(checkpoint_sequential, layers, round(len(layers) ** 0.5), use_reentrant=False)
+        features.forward = run  # type: ignore[method-assign]
         return Prepared(model)
     stages = (getattr(model, f"layer{number}") for number in range(1, 5))
     for block in [block for stage in stages for block in stage]:
