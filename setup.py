@@ -5,8 +5,9 @@
 therefore for one Python and every supported torch.
 
 Read from the environment, at build time only: ``CUDA_HOME``, ``CC``, ``CXX``, ``CUDACXX``, ``CMAKE_ARGS`` (more
-arguments for CMake, e.g. ``-DSPLITKERN_CUDA=OFF`` or ``-DCMAKE_CUDA_ARCHITECTURES=90a-real``) and
-``CMAKE_BUILD_PARALLEL_LEVEL``.
+arguments for CMake, e.g. ``-DSPLITKERN_CUDA=OFF`` or ``-DCMAKE_CUDA_ARCHITECTURES=90a-real``),
+``CMAKE_BUILD_PARALLEL_LEVEL``, and ``SPLITKERN_ONLY`` (``_ops`` or ``_core``: builds that library alone, in place,
+beside one that is there already).
 """
 
 import fcntl
@@ -34,7 +35,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build"
-LIBRARIES = ("_ops.so", f"_core{sysconfig.get_config_var('EXT_SUFFIX')}")
+LIBRARIES = {"_ops": "_ops.so", "_core": f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"}
+
+
+def chosen_libraries() -> list[str]:
+    """Returns the names of the libraries to build."""
+    only = os.environ.get("SPLITKERN_ONLY")
+    if only is not None and only not in LIBRARIES:
+        raise SystemExit(f"splitkern: SPLITKERN_ONLY must be one of {', '.join(LIBRARIES)}, got {only!r}")
+    return list(LIBRARIES) if only is None else [only]
 
 
 def find_tool(name: str) -> str:
@@ -106,8 +115,8 @@ def build_libraries(version: str) -> list[Path]:
             key_file.unlink(missing_ok=True)
             run(configure)
             key_file.write_text(key)
-        run([cmake, "--build", str(BUILD), "--target", "_ops", "_core", "--parallel", jobs])
-    return [BUILD / name for name in LIBRARIES]
+        run([cmake, "--build", str(BUILD), "--target", *chosen_libraries(), "--parallel", jobs])
+    return [BUILD / LIBRARIES[name] for name in chosen_libraries()]
 
 
 class CMakeBuild(build_ext):
@@ -127,7 +136,7 @@ class CMakeBuild(build_ext):
             partial.replace(target)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "splitkern" / name) for name in LIBRARIES]
+        return [str(Path(self.build_lib) / "splitkern" / LIBRARIES[name]) for name in chosen_libraries()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

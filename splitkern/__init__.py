@@ -8,6 +8,7 @@ from splitkern import geometry, ops, reference
 from splitkern._library import BuildInfo, build_info
 from splitkern._version import __version__
 from splitkern.memory.compile import BudgetError, CompiledPlan, compile, uncompile_
+from splitkern.memory.step_report import StepReport, step_report
 from splitkern.split import SplitReport, check, config_of, disabled, split_, unsplit_
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BuildInfo",
     "CompiledPlan",
     "SplitReport",
+    "StepReport",
     "__version__",
     "build_info",
     "check",
@@ -25,6 +27,7 @@ __all__ = [
     "ops",
     "reference",
     "split_",
+    "step_report",
     "uncompile_",
     "unsplit_",
 ]

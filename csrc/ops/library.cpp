@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY_IMPL(splitkern, CPU, library) {
   SPLITKERN_BODY(library, "patch_avg_pool2d_backward", patch_avg_pool2d_backward);
   SPLITKERN_BODY(library, "patch_avg_pool2d_backward.out", patch_avg_pool2d_backward_out);
   SPLITKERN_BODY(library, "patch_batch_norm", patch_batch_norm);
+  SPLITKERN_BODY(library, "patch_batch_norm.out", patch_batch_norm_out);
   SPLITKERN_BODY(library, "patch_batch_norm_stats", patch_batch_norm_stats);
   SPLITKERN_BODY(library, "patch_batch_norm_stats.out", patch_batch_norm_stats_out);
   SPLITKERN_BODY(library, "patch_batch_norm_apply", patch_batch_norm_apply);

@@ -46,6 +46,9 @@ inline void define_schemas(torch::stable::detail::StableLibrary& library) {
 
   library.def("patch_batch_norm(Tensor input, Tensor? weight, Tensor? bias, " SPLITKERN_PATCHES
               ", float eps, str activation) -> (Tensor output, Tensor mean, Tensor invstd, Tensor m2)");
+  library.def("patch_batch_norm.out(Tensor input, Tensor? weight, Tensor? bias, " SPLITKERN_PATCHES
+              ", float eps, str activation, *, Tensor(a!) output, Tensor(b!) mean, Tensor(c!) invstd, Tensor(d!) m2) "
+              "-> ()");
   library.def("patch_batch_norm_stats(Tensor input, " SPLITKERN_PATCHES ") -> (Tensor mean, Tensor m2)");
   library.def("patch_batch_norm_stats.out(Tensor input, " SPLITKERN_PATCHES
               ", *, Tensor(a!) mean, Tensor(b!) m2) -> ()");

@@ -23,16 +23,19 @@ class AllocatedBytes:
     """Counts the bytes that the allocator of a device gives out and takes back inside a `with` block.
 
     Counts the allocations of the calling thread, and of autograd's backward pass that it starts. What was allocated
-    before the block counts negative where it is freed inside it. One block at a time in a process: the profiler that it
-    uses is one per process.
+    before the block does not count, also where it is freed inside it. One block at a time in a process: the profiler
+    that it uses is one per process.
 
     Attributes:
         peak_bytes: most bytes at a time beyond what was allocated when the block began; at least 0.
-        current_bytes: bytes at its end beyond those at its beginning; negative where more was freed.
+        current_bytes: of these, bytes that were still there at its end.
         peak_in: for every label in order, (name, most bytes at a time beyond those when the label was entered).
 
     Args:
         device: whose allocator.
+
+    Raises:
+        RuntimeError: torch's profiler is running already.
 
     Example:
         >>> import torch
@@ -52,6 +55,8 @@ class AllocatedBytes:
         self.peak_in: list[tuple[str, int]] = []
 
     def __enter__(self) -> AllocatedBytes:
+        if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            raise RuntimeError("allocations are counted by torch's profiler, and one is running already: end it first")
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

@@ -61,6 +61,14 @@ class CompiledForward:
             return self.original(*args, **kwargs)
         if kwargs:
             raise TypeError(f"a compiled model takes its inputs by position in training, got {sorted(kwargs)} by name")
+        return self.planned(args)(self.model, args)
+
+    def planned(self, args: tuple[Any, ...]) -> PlannedStep:
+        """The step for these inputs, planned anew where there is none for them.
+
+        Raises:
+            ValueError: there is none, and `strict` forbids another one.
+        """
         planned = self._steps.get(self._key(args))
         if planned is None:
             if self.options.strict and self._steps:
@@ -71,7 +79,7 @@ class CompiledForward:
                 )
             planned = self.prepare(args)
             self.replans += 1
-        return planned(self.model, args)
+        return planned
 
     def prepare(self, args: tuple[Any, ...]) -> PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""

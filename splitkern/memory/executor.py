@@ -20,6 +20,7 @@ from torch import Tensor
 from splitkern import _core
 from splitkern.memory.bound_calls import Bound, BoundCall, Slot, tensor_of
 from splitkern.memory.capture import CapturedOperation, CapturedStep
+from splitkern.memory.graphs import PieceGraphs
 from splitkern.memory.report import bytes_text
 from splitkern.memory.rewrite import Call
 
@@ -38,6 +39,8 @@ class ExecutorOptions:
         debug: compare every offloaded storage on its way back with what left, and fill freed bytes with NaN.
         max_delay_us: on the CPU, every action of a copy rests for a random time up to this, to shake the order.
         seed: of these delays.
+        cuda_graphs: launch every stretch of operations without copies as one CUDA graph. Inputs and gradients are then
+            copied, to and from memory that stays.
     """
 
     chunk_bytes: int = 16 << 20
@@ -45,6 +48,7 @@ class ExecutorOptions:
     debug: bool = False
     max_delay_us: int = 0
     seed: int = 0
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class BackwardPart:
 
 
 class Observer(Protocol):
-    """Told of every instance that runs, by its number."""
+    """Told of every instance that runs, by its number, when its memory is bound and its copies have been waited for."""
 
     def instance(self, number: int) -> AbstractContextManager[object]:
         """Entered before the instance is run, left behind it."""
@@ -155,6 +159,8 @@ class StepExecutor:
         self._slots: dict[int, dict[int, Slot]] = {storage: {} for storage in self._sources}
         self._bound: dict[int, Tensor] = {}
         self._kept: dict[int, _Kept] = {}
+        # Bound once for good: what CUDA graphs point to.
+        self._static = set[int]()
         operations = [step.operations[instance.operation] for instance in plan.instances]
         self._instances = self._bind_instances()
         self._made_at = self._first_writes(operations)
@@ -164,7 +170,9 @@ class StepExecutor:
         self._outputs = self._bind_outputs(operations)
         self.parts = self._divide_backward(operations)
         self._gradients = {name: self._view_at(place, len(operations)) for name, place in step.gradients.items()}
+        self._stream = self._current_stream()
         self._pipeline = self._make_pipeline()
+        self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
         self._lock = threading.Lock()
         self._next_part: int | None = None
         self._number = 0
@@ -191,10 +199,27 @@ class StepExecutor:
             return _core.CopyPipeline.on_host(
                 self.plan, **arenas, **common, seed=options.seed, max_delay_us=options.max_delay_us
             )
-        stream = torch.cuda.current_stream(device)
+        assert self._stream is not None
         return _core.CopyPipeline.on_cuda(
-            self.plan, **arenas, **common, device_index=stream.device_index, compute_stream=stream.cuda_stream
+            self.plan,
+            **arenas,
+            **common,
+            device_index=self._stream.device_index,
+            compute_stream=self._stream.cuda_stream,
         )
+
+    def _current_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.step.device) if self.step.device.type == "cuda" else None
+
+    def _follow_stream(self) -> None:
+        """Moves to the caller's stream, behind all that was launched on the one before."""
+        stream = self._current_stream()
+        if stream is None or self._stream is None or stream == self._stream:
+            return
+        stream.wait_stream(self._stream)
+        self.arenas.device.record_stream(stream)
+        self._stream = stream
+        self._pipeline = self._make_pipeline()
 
     # --- what is bound once --------------------------------------------------------------------------------------
 
@@ -307,7 +332,13 @@ class StepExecutor:
         final: dict[int, list[str]] = {}
         parts: list[BackwardPart] = []
         begin, names, final_bytes = self._begin_of_backward, list[str](), 0
+        seen = set[int]()
         for name, place in self.step.gradients.items():
+            parameter = self.step.parameters.get(name)
+            if parameter in seen:
+                continue  # another name of a parameter that has its gradient already
+            if parameter is not None:
+                seen.add(parameter)
             last = self._last_touch(place, operations, reads=True)
             if last is None or last < begin:
                 names.append(name)
@@ -340,6 +371,22 @@ class StepExecutor:
         """Counts the forward passes."""
         return self._number
 
+    @property
+    def copied(self) -> _core.CopyStatistics | None:
+        """What the copies have done since the executor was made; None where the plan has none."""
+        return None if self._pipeline is None else self._pipeline.statistics
+
+    def arena_end(self, number: int) -> int:
+        """Behind the last byte of the device arena that an instance touches; 0 where it touches none."""
+        instance = self._instances[number]
+        begin = self.arenas.device.data_ptr()
+        ends = [
+            tensor.data_ptr() - begin + _extent_bytes(tensor)
+            for tensor in (*instance.reads, *instance.writes)
+            if isinstance(tensor, Tensor)
+        ]
+        return max(ends, default=0)
+
     def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the forward part. An earlier forward pass whose backward pass has not run is given up.
 
@@ -359,6 +406,7 @@ class StepExecutor:
             self._number += 1
             self.begun_at = time.monotonic()
         try:
+            self._follow_stream()
             for name, place in self.step.parameters.items():
                 self._bind_parameter(place, parameters[name])
             for number, value in enumerate(inputs):
@@ -427,14 +475,14 @@ class StepExecutor:
     def _hand_out(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Final gradients. The executor lets go of them, so that autograd takes them over instead of copying them."""
         found: dict[str, Tensor] = {}
-        storages = set()
+        storages = set[int]()
         for name in names:
             gradient = self._gradients[name]
             storage = self._storage_of[self.step.tensors[self.step.gradients[name]].storage]
-            is_own = storage in self._made and storage not in storages
+            is_own = storage in self._made - self._static and storage not in storages
             found[name] = tensor_of(gradient) if is_own else tensor_of(gradient).clone()
             storages.add(storage)
-        for storage in storages:
+        for storage in storages - self._static:
             self._unbind(storage)
         return found
 
@@ -460,7 +508,7 @@ class StepExecutor:
 
     def _release(self) -> None:
         """Lets go of what the step was given and has made; parameters stay bound, for the next step."""
-        for storage in self._bound.keys() - self._kept.keys():
+        for storage in self._bound.keys() - self._kept.keys() - self._static:
             self._unbind(storage)
         self._versions = {}
         self._next_part = None
@@ -471,22 +519,30 @@ class StepExecutor:
             if torch.is_autocast_enabled(self.step.device.type):
                 # What was captured lies below autocast: its casts are operations.
                 held.enter_context(torch.autocast(self.step.device.type, enabled=False))
-            if self.observer is None:
+            if self._graphs is None or self.observer is not None:
                 for number in range(begin, end):
-                    self._run_instance(number)
-            else:
-                for number in range(begin, end):
-                    with self.observer.instance(number):
-                        self._run_instance(number)
+                    self._begin_instance(number)
+                    self._run_call(number)
+                return
+            for first, last in self._graphs.pieces(begin, end):
+                for number in range(first, last):
+                    self._begin_instance(number)
+                self._graphs.run_piece(first, last)
 
-    def _run_instance(self, number: int) -> None:
+    def _begin_instance(self, number: int) -> None:
+        """Passes the boundary before an instance, and makes memory for the gradients that it is the first to write."""
         if self._pipeline is not None:
             self._pipeline.at_boundary(number)
-        if number in self._made_at:
-            for storage in self._made_at[number]:
-                self._make(storage)
+        for storage in self._made_at.get(number, ()):
+            self._make(storage)
+
+    def _run_call(self, number: int) -> None:
         try:
-            self._instances[number].run()
+            if self.observer is None:
+                self._instances[number].run()
+            else:
+                with self.observer.instance(number):
+                    self._instances[number].run()
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -499,11 +555,15 @@ class StepExecutor:
 
     def _make(self, storage: int) -> None:
         """Memory for a gradient, of its own, because it is handed out."""
+        if storage in self._static:
+            return
         slots = self._slots[storage]
         item = self.step.tensors[next(iter(slots))].element_bytes
         dtype = self.step.tensors[next(iter(slots))].dtype
         size_bytes = self.plan.storages[storage].size_bytes
         self._put(storage, torch.empty(-(-size_bytes // item), dtype=dtype, device=self.step.device))
+        if self._graphs is not None:
+            self._static.add(storage)
 
     def _bind_parameter(self, place: int, value: Tensor) -> None:
         """Binds a parameter or buffer, once for as long as it is the same tensor in the same memory."""
@@ -514,6 +574,8 @@ class StepExecutor:
         # `detach` shares the version counter, by which a change in place is seen.
         self._bind(place, value.detach(), copies=False)
         self._kept[storage] = _Kept(value, value.data_ptr(), value.stride())
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def _bind(self, place: int, value: Tensor, *, copies: bool = True) -> None:
         """Takes a caller's tensor for a storage; one of another layout is copied."""
@@ -523,13 +585,20 @@ class StepExecutor:
                 f"{tensor.name} must be of shape {list(tensor.sizes)}, type {tensor.dtype}, on {self.step.device}, "
                 f"got {list(value.shape)}, {value.dtype}, on {value.device}"
             )
-        if not _same_strides(value, tensor.strides):
+        storage = self._storage_of[tensor.storage]
+        if storage in self._static:
+            self._bound[storage].copy_(value)
+            return
+        is_static = copies and self._graphs is not None
+        if is_static or not _same_strides(value, tensor.strides):
             if not copies:
                 raise ValueError(f"{tensor.name} must have strides {list(tensor.strides)}, got {list(value.stride())}")
             value = torch.empty_strided(tensor.sizes, tensor.strides, dtype=value.dtype, device=value.device).copy_(
                 value
             )
-        self._put(self._storage_of[tensor.storage], value)
+        self._put(storage, value)
+        if is_static:
+            self._static.add(storage)
 
     def _put(self, storage: int, value: Tensor) -> None:
         """Binds a tensor, whose memory begins where the storage does, to all slots of a storage."""
@@ -547,6 +616,14 @@ def _arena(size_bytes: int, device: torch.device, *, pinned: bool = False) -> Te
     whole = torch.empty(size_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
     skipped = -whole.data_ptr() % _ALIGNMENT_BYTES
     return whole[skipped : skipped + size_bytes]
+
+
+def _extent_bytes(tensor: Tensor) -> int:
+    """From its first element to behind its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from splitkern import _core
+from splitkern.memory.accounting import Accounting, accounting_of
 from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.cost_model import CostModel
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from splitkern.memory.graphs import require_graphs
 from splitkern.memory.profile import DurationCache, measure_link, measure_step, measure_workspaces
 from splitkern.memory.report import bytes_text
 from splitkern.memory.step_functions import run_step
@@ -27,10 +28,12 @@ class BudgetError(ValueError):
     Attributes:
         budget_bytes: what was given.
         smallest_bytes: the smallest budget that would do, with otherwise the same arguments.
+        is_of_device: whether `budget` is too small; else `host_budget`.
     """
 
-    def __init__(self, text: str, budget_bytes: int, smallest_bytes: int) -> None:
+    def __init__(self, text: str, budget_bytes: int, smallest_bytes: int, *, is_of_device: bool = True) -> None:
         super().__init__(text)
+        self.is_of_device = is_of_device
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
 
@@ -58,18 +61,12 @@ class CompiledPlan:
     Attributes:
         graph: of the step.
         plan: of the graph.
-        in_flight: how many steps can be under way, each with an arena of its own.
-        reserve_bytes: most that operations allocate beside the arena, as measured, and what the model returns.
-        input_bytes: inputs of a step, also counted in the plan's parameters pool.
-        beside_bytes: what else the budget has to hold: the optimizer's state, gradients that are accumulated.
+        accounting: what lies on the device beside the arena.
     """
 
     graph: _core.Graph
     plan: _core.Plan
-    in_flight: int
-    reserve_bytes: int
-    input_bytes: int
-    beside_bytes: int
+    accounting: Accounting
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPlan:
         return self  # nothing in it ever changes
@@ -85,14 +82,14 @@ class CompiledPlan:
         return self.plan.predicted.host_peak_bytes
 
     @property
-    def parameters_bytes(self) -> int:
-        """Parameters, buffers, their gradients, and inputs of one step."""
-        return self.plan.predicted.parameters_peak_bytes
+    def reserve_bytes(self) -> int:
+        """Most that an operation allocates beside the arena, as measured, and what the model returns."""
+        return self.accounting.reserve_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Device bytes of training by this plan: what the budget is compared with."""
-        return _budget_of(self.arena_bytes + self.parameters_bytes, self)
+        return self.accounting.budget_for(self.arena_bytes)
 
     @property
     def is_left_alone(self) -> bool:
@@ -106,13 +103,14 @@ class CompiledPlan:
 
     def __str__(self) -> str:
         recomputed = sum(instance.is_recomputation for instance in self.plan.instances)
-        copies = len(self.plan.copies)
-        done = f"{copies} copies, {recomputed} operations recomputed"
+        done = f"{len(self.plan.copies)} copies, {recomputed} operations recomputed"
+        parts = self.accounting
+        arenas = f"arena {bytes_text(self.arena_bytes)}" + (f" x {parts.in_flight}" if parts.in_flight > 1 else "")
         return (
-            f"{'left alone: it fits' if self.is_left_alone else done}; {bytes_text(self.peak_bytes)} predicted: "
-            f"arena {bytes_text(self.arena_bytes)}{f' x {self.in_flight}' if self.in_flight > 1 else ''}, "
-            f"parameters, gradients and inputs {bytes_text(self.parameters_bytes)}, "
-            f"reserve {bytes_text(self.reserve_bytes)}, beside {bytes_text(self.beside_bytes)}; "
+            f"{'left alone: it fits' if self.is_left_alone else done}; {bytes_text(self.peak_bytes)} predicted at the "
+            f"peak: {arenas}, parameters and inputs {bytes_text(parts.given_bytes)}, gradients "
+            f"{bytes_text(parts.gradient_bytes)}, reserve {bytes_text(parts.reserve_bytes)}, optimizer and the "
+            f"like {bytes_text(parts.beside_bytes)}; host {bytes_text(self.host_bytes)}; "
             f"{self.predicted_step_ms:.1f} ms predicted"
         )
 
@@ -146,30 +144,6 @@ class CompiledPlan:
         write_png(Path(path), scene_of_plan(PlanView(self.graph, self.plan), timeline))
 
 
-@dataclass(frozen=True)
-class _Beside:
-    """What a budget holds beside one arena, in bytes."""
-
-    in_flight: int
-    reserve_bytes: int
-    input_bytes: int
-    beside_bytes: int
-    parameters_bytes: int
-
-
-def _budget_of(planned_bytes: int, beside: CompiledPlan | _Beside) -> int:
-    """The budget under which a plan has so many bytes for one arena and the parameters pool."""
-    more = beside.in_flight - 1
-    arena_bytes = planned_bytes - beside.parameters_bytes
-    return planned_bytes + more * (arena_bytes + beside.input_bytes) + beside.reserve_bytes + beside.beside_bytes
-
-
-def _planned_of(budget: int, beside: _Beside) -> int:
-    """The other way: largest such number of bytes under a budget; not negative."""
-    left = budget - _budget_of(beside.parameters_bytes, beside)
-    return max(beside.parameters_bytes + left // beside.in_flight if left >= 0 else beside.parameters_bytes + left, 0)
-
-
 class PlannedStep:
     """One captured step with its plan and its executors.
 
@@ -190,14 +164,13 @@ class PlannedStep:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], options: CompileOptions) -> None:
         step = capture(model, args, given_gradients=True)
+        if options.execution.cuda_graphs:
+            require_graphs(step.device, debug=options.execution.debug)
         step, workspaces, rates = _on_machine(step, options)
         graph = _core.Graph.from_json(step.graph_json())
-        beside = _beside(step, graph, max(workspaces, default=0), options)
-        plan = _plan(graph, rates, options, beside)
+        plan, accounting = _plan(step, graph, workspaces, rates, options)
         self.executors = [StepExecutor(step, graph, plan, options.execution) for _ in range(options.in_flight)]
-        self.plan = CompiledPlan(
-            graph, plan, options.in_flight, beside.reserve_bytes, beside.input_bytes, beside.beside_bytes
-        )
+        self.plan = CompiledPlan(graph, plan, accounting)
         assert step.structure is not None
         self.step = step
         self.workspace_bytes = workspaces
@@ -238,53 +211,94 @@ def _on_machine(step: CapturedStep, options: CompileOptions) -> tuple[CapturedSt
     return step.with_durations(durations, label), workspaces, rates
 
 
-def _beside(step: CapturedStep, graph: _core.Graph, workspace_bytes: int, options: CompileOptions) -> _Beside:
-    parameters_bytes = _core.plan(graph, _core.Limits(), strategy="none").predicted.parameters_peak_bytes
-    returned_bytes = sum(_dense_bytes(step, place) for place in step.outputs)
-    accumulated_bytes = sum(_dense_bytes(step, place) for place in step.gradients.values()) if options.accumulate else 0
-    given = (place for name, place in step.inputs.items() if name.startswith("input."))
-    return _Beside(
-        in_flight=options.in_flight,
-        reserve_bytes=workspace_bytes + options.in_flight * returned_bytes,
-        input_bytes=sum(_dense_bytes(step, place) for place in given),
-        beside_bytes=options.optimizer_bytes + accumulated_bytes,
-        parameters_bytes=parameters_bytes,
-    )
+def _plan(
+    step: CapturedStep,
+    graph: _core.Graph,
+    workspace_bytes: list[int],
+    rates: dict[str, float],
+    options: CompileOptions,
+) -> tuple[_core.Plan, Accounting]:
+    """The plan, and what lies beside its arena."""
 
+    def account(plan: _core.Plan) -> Accounting:
+        return accounting_of(
+            step,
+            plan,
+            workspace_bytes,
+            in_flight=options.in_flight,
+            optimizer_bytes=options.optimizer_bytes,
+            accumulate=options.accumulate,
+            cuda_graphs=options.execution.cuda_graphs,
+        )
 
-def _dense_bytes(step: CapturedStep, place: int) -> int:
-    tensor = step.tensors[place]
-    return math.prod(tensor.sizes) * tensor.element_bytes
-
-
-def _plan(graph: _core.Graph, rates: dict[str, float], options: CompileOptions, beside: _Beside) -> _core.Plan:
+    kept = _core.plan(graph, _core.Limits(), strategy="none")
     if options.budget is None:
-        return _core.plan(graph, _core.Limits(), strategy="none")
-    limits = _core.Limits(
-        device_bytes=_planned_of(options.budget, beside),
-        host_bytes=options.host_budget,
-        offload_gbps=rates.get("offload_gbps", 0.0),
-        prefetch_gbps=rates.get("prefetch_gbps", 0.0),
-        copy_latency_us=rates.get("copy_latency_us", 0.0),
-    )
+        return kept, account(kept)
+    parameters_bytes = kept.predicted.parameters_peak_bytes
+
+    def plan_under(budget: int) -> tuple[_core.Plan, Accounting]:
+        accounting = account(kept)
+        while True:
+            limits = _core.Limits(
+                device_bytes=max(accounting.arena_under(budget) + parameters_bytes, 0),
+                host_bytes=options.host_budget,
+                offload_gbps=rates.get("offload_gbps", 0.0),
+                prefetch_gbps=rates.get("prefetch_gbps", 0.0),
+                copy_latency_us=rates.get("copy_latency_us", 0.0),
+            )
+            try:
+                plan = _core.plan(graph, limits, strategy=options.strategy)
+            except _core.Infeasible as error:
+                raise _budget_error(error, budget, parameters_bytes, accounting, options) from error
+            found = account(plan)
+            if found.budget_for(plan.predicted.device_peak_bytes) <= budget:
+                return plan, found
+            # What is recomputed allocates when more gradients are there than in the step as captured.
+            accounting = replace(found, outside_bytes=max(found.outside_bytes, accounting.outside_bytes + 1))
+
     try:
-        return _core.plan(graph, limits, strategy=options.strategy)
-    except _core.Infeasible as error:
-        if error.pool != "device":
-            raise BudgetError(
-                f"host_budget={bytes_text(options.host_budget)} is too small: {error}",
-                error.budget_bytes,
-                error.smallest_feasible_bytes,
-            ) from error
-        smallest = _budget_of(error.smallest_feasible_bytes, beside)
-        parts = f"reserve {bytes_text(beside.reserve_bytes)}, optimizer {bytes_text(options.optimizer_bytes)}"
-        if options.accumulate:
-            parts += f", accumulated gradients {bytes_text(beside.beside_bytes - options.optimizer_bytes)}"
-        raise BudgetError(
-            f"budget={bytes_text(options.budget)} ({options.budget} bytes) is too small for a step of this model: "
-            f"the smallest that would do is {bytes_text(smallest)} ({smallest} bytes), of which "
-            f"{bytes_text(beside.reserve_bytes + beside.beside_bytes)} lie beside the plan ({parts}); "
-            "use a smaller batch, a larger budget, or split_ with a finer grid",
-            options.budget,
-            smallest,
-        ) from error
+        return plan_under(options.budget)
+    except BudgetError as error:
+        found = error
+    while found.is_of_device:
+        # The budget that the error names is tried: its plan may need more beside the arena than was counted.
+        try:
+            plan_under(found.smallest_bytes)
+            break
+        except BudgetError as error:
+            found = error
+    raise _with_budget(found, options.budget)
+
+
+def _budget_error(
+    error: _core.Infeasible, budget: int, parameters_bytes: int, accounting: Accounting, options: CompileOptions
+) -> BudgetError:
+    if error.pool != "device":
+        return BudgetError(
+            f"host_budget={bytes_text(options.host_budget)} is too small: {error}",
+            error.budget_bytes,
+            error.smallest_feasible_bytes,
+            is_of_device=False,
+        )
+    arena_bytes = error.smallest_feasible_bytes - parameters_bytes
+    smallest = accounting.budget_for(arena_bytes)
+    arenas = f"{accounting.in_flight} x " if accounting.in_flight > 1 else ""
+    return BudgetError(
+        f"the smallest that would do is {bytes_text(smallest)} ({smallest} bytes): activations "
+        f"{arenas}{bytes_text(arena_bytes)}, parameters and inputs {bytes_text(accounting.given_bytes)}, gradients "
+        f"{bytes_text(accounting.gradient_bytes)}, reserve {bytes_text(accounting.reserve_bytes)}, optimizer and "
+        f"the like {bytes_text(accounting.beside_bytes)}; "
+        "use a smaller batch, a larger budget, or split_ with a finer grid",
+        budget,
+        smallest,
+    )
+
+
+def _with_budget(error: BudgetError, budget: int) -> BudgetError:
+    if not error.is_of_device:
+        return error
+    return BudgetError(
+        f"budget={bytes_text(budget)} ({budget} bytes) is too small for a step of this model: {error}",
+        budget,
+        error.smallest_bytes,
+    )

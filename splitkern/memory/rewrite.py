@@ -66,6 +66,7 @@ _TARGETS: Mapping[Any, str] = {
     splitkern_ops.patch_avg_pool2d.out: "avg_pool2d",
     splitkern_ops.patch_avg_pool2d_backward.default: "avg_pool2d_backward",
     splitkern_ops.patch_batch_norm.default: "batch_norm",
+    splitkern_ops.patch_batch_norm.out: "batch_norm",
     splitkern_ops.patch_batch_norm_apply.default: "batch_norm",
     splitkern_ops.patch_batch_norm_backward_reduce.default: "batch_norm_backward",
     splitkern_ops.patch_batch_norm_backward_apply.default: "batch_norm_backward",
@@ -507,6 +508,10 @@ _OUT: Mapping[Any, tuple[Any, tuple[str, ...]]] = {
     splitkern_ops.patch_max_pool2d_backward.default: (splitkern_ops.patch_max_pool2d_backward.out, ("output",)),
     splitkern_ops.patch_avg_pool2d.default: (splitkern_ops.patch_avg_pool2d.out, ("output",)),
     splitkern_ops.patch_avg_pool2d_backward.default: (splitkern_ops.patch_avg_pool2d_backward.out, ("output",)),
+    splitkern_ops.patch_batch_norm.default: (
+        splitkern_ops.patch_batch_norm.out,
+        ("output", "mean", "invstd", "m2"),
+    ),
     splitkern_ops.patch_batch_norm_stats.default: (splitkern_ops.patch_batch_norm_stats.out, ("mean", "m2")),
     splitkern_ops.patch_batch_norm_apply.default: (splitkern_ops.patch_batch_norm_apply.out, ("output",)),
     splitkern_ops.patch_batch_norm_backward_reduce.default: (

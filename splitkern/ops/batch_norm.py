@@ -245,6 +245,14 @@ def _norm_fake(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
     return new_like(input, input.shape), mean, invstd, m2
 
 
+@register_fake("patch_batch_norm.out")
+def _norm_out_fake(input: Tensor, *arguments: Any, output: Tensor, mean: Tensor, invstd: Tensor, m2: Tensor) -> None:
+    patches, dtype = _check_norm(input, *arguments), statistics_dtype(input.dtype)
+    check_output(_NORM, "output", output, input, "input", input.shape, input.dtype)
+    for name, value in (("mean", mean), ("invstd", invstd), ("m2", m2)):
+        check_output(_NORM, name, value, input, "input", patches, dtype)
+
+
 def _norm_backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 7
@@ -278,6 +286,7 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 register_autograd("patch_batch_norm", _norm_backward, _norm_setup)
+refuse_gradients("patch_batch_norm")
 
 
 # --- patch_batch_norm_stats -----------------------------------------------------------------------

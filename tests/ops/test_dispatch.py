@@ -48,7 +48,6 @@ def samples(layout: str = "nchw") -> dict[str, tuple[Any, ...]]:
 
 
 NAMES = list(samples())
-WITH_OUT = [name for name in NAMES if name != "patch_batch_norm"]
 NOT_DIFFERENTIABLE = ("patch_batch_norm_backward_reduce", "patch_batch_norm_backward_apply")
 
 
@@ -95,7 +94,7 @@ def test_opcheck(name: str, layout: str, gradients: bool) -> None:
     torch.library.opcheck(overload(name), arguments)
 
 
-@pytest.mark.parametrize("name", WITH_OUT)
+@pytest.mark.parametrize("name", NAMES)
 def test_opcheck_of_out(name: str) -> None:
     arguments = samples()[name]
     outputs = [strided_like(tensor)[1] for tensor in returned(name, arguments)]
@@ -124,7 +123,7 @@ def test_every_operator_of_the_library_is_sampled() -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
-@pytest.mark.parametrize("name", WITH_OUT)
+@pytest.mark.parametrize("name", NAMES)
 def test_out_writes_a_strided_view_and_nothing_else(name: str, layout: str) -> None:
     arguments = samples(layout)[name]
     wanted = returned(name, arguments)
@@ -139,7 +138,7 @@ def test_out_writes_a_strided_view_and_nothing_else(name: str, layout: str) -> N
         assert (parent == 7).all(), "written outside the view"
 
 
-@pytest.mark.parametrize("name", WITH_OUT)
+@pytest.mark.parametrize("name", NAMES)
 def test_out_is_refused_where_gradients_are_recorded(name: str) -> None:
     arguments = samples()[name]
     wanted = returned(name, arguments)
@@ -154,7 +153,7 @@ def test_out_is_refused_where_gradients_are_recorded(name: str) -> None:
         overload(name, "out")(*out_arguments(name, arguments), **given)
 
 
-@pytest.mark.parametrize("name", WITH_OUT)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fault", ["shape", "type"])
 def test_out_of_another_shape_or_type_is_refused(name: str, fault: str) -> None:
     arguments = samples()[name]

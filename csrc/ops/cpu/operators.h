@@ -49,6 +49,9 @@ void patch_avg_pool2d_backward_out(const Tensor& grad_output, const IntList& inp
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_batch_norm(const Tensor& input, const OptionalTensor& weight,
                                                             const OptionalTensor& bias, const IntList& rows,
                                                             const IntList& cols, double eps, StringArgument activation);
+void patch_batch_norm_out(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const IntList& rows, const IntList& cols, double eps, StringArgument activation,
+                          const Tensor& output, const Tensor& mean, const Tensor& invstd, const Tensor& m2);
 std::tuple<Tensor, Tensor> patch_batch_norm_stats(const Tensor& input, const IntList& rows, const IntList& cols);
 void patch_batch_norm_stats_out(const Tensor& input, const IntList& rows, const IntList& cols, const Tensor& mean,
                                 const Tensor& m2);

@@ -154,6 +154,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_batch_norm(const Tensor& input,
   return {output, mean, invstd, m2};
 }
 
+void patch_batch_norm_out(const Tensor& input, OptionalTensor weight, OptionalTensor bias, IntList rows, IntList cols,
+                          double eps, StringArgument activation, const Tensor& output, const Tensor& mean,
+                          const Tensor& invstd, const Tensor& m2) {
+  const BatchNormCall call = check_batch_norm(input, weight, bias, rows, cols, eps, activation);
+  check_output(kBatchNorm, "output", output, input, sizes_of(input), input.scalar_type());
+  check_statistics_output(kBatchNorm, "mean", mean, input, call);
+  check_statistics_output(kBatchNorm, "invstd", invstd, input, call);
+  check_statistics_output(kBatchNorm, "m2", m2, input, call);
+  run_stats(input, call, mean, m2, invstd, eps);
+  run_apply(input, mean, invstd, weight, bias, call, output);
+}
+
 std::tuple<Tensor, Tensor> patch_batch_norm_stats(const Tensor& input, IntList rows, IntList cols) {
   const BatchNormCall call = check_batch_norm_stats(input, rows, cols);
   const Tensor mean = new_statistics(input, call);

@@ -62,6 +62,9 @@ void patch_avg_pool2d_backward_out(const Tensor& grad_output, IntList input_size
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_batch_norm(const Tensor& input, OptionalTensor weight,
                                                             OptionalTensor bias, IntList rows, IntList cols, double eps,
                                                             StringArgument activation);
+void patch_batch_norm_out(const Tensor& input, OptionalTensor weight, OptionalTensor bias, IntList rows, IntList cols,
+                          double eps, StringArgument activation, const Tensor& output, const Tensor& mean,
+                          const Tensor& invstd, const Tensor& m2);
 std::tuple<Tensor, Tensor> patch_batch_norm_stats(const Tensor& input, IntList rows, IntList cols);
 void patch_batch_norm_stats_out(const Tensor& input, IntList rows, IntList cols, const Tensor& mean, const Tensor& m2);
 Tensor patch_batch_norm_apply(const Tensor& input, const Tensor& mean, const Tensor& invstd, OptionalTensor weight,

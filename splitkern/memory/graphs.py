@@ -1,0 +1,87 @@
+"""CUDA graphs of a planned step: stretches of operations between which no copy is issued or waited for, each captured
+once and replayed with one launch.
+
+Copies stay outside the graphs, so that the pipeline paces them as it does without. A step without copies is one graph
+for every part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from splitkern import _core
+
+Replay = Callable[[], None]
+
+
+def require_graphs(device: torch.device, *, debug: bool) -> None:
+    """Refuses where there are no CUDA graphs.
+
+    Raises:
+        ValueError: the device is not a GPU, or `debug` is on, which acts between all operations.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a model on a GPU, got one on {device}")
+    if debug:
+        raise ValueError("cuda_graphs and debug exclude each other: debug checks memory between all operations")
+
+
+def capture(run: Callable[[], None]) -> Replay:
+    """Captures what a function launches on the current device, without running it.
+
+    Returns:
+        Launches it on the current stream.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class PieceGraphs:
+    """Graphs of a plan's pieces, captured when each is first run after a warm-up.
+
+    Args:
+        plan: whose boundaries divide it.
+        run: runs one instance eagerly.
+    """
+
+    #: Runs of a piece before it is captured: the first call of a shape chooses algorithms and allocates.
+    WARM_UPS = 1
+
+    def __init__(self, plan: _core.Plan, run: Callable[[int], None]) -> None:
+        self._run = run
+        self._active = [bool(one.waits or one.issues) for one in plan.boundaries]
+        self._graphs: dict[tuple[int, int], Replay] = {}
+        self._warm: dict[tuple[int, int], int] = {}
+
+    def clear(self) -> None:
+        """Forgets all graphs: what they point to has moved."""
+        self._graphs.clear()
+
+    def pieces(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """Divides instances at the boundaries where copies are issued or waited for."""
+        cuts = [number for number in range(begin + 1, end) if self._active[number]]
+        return [(first, last) for first, last in zip([begin, *cuts], [*cuts, end], strict=True) if first < last]
+
+    def run_piece(self, begin: int, end: int) -> None:
+        """Runs the instances of a piece, whose first boundary has been passed."""
+        piece = begin, end
+        replay = self._graphs.get(piece)
+        if replay is None:
+            if self._warm.get(piece, 0) < self.WARM_UPS:
+                self._warm[piece] = self._warm.get(piece, 0) + 1
+                for number in range(begin, end):
+                    self._run(number)
+                return
+
+            def run() -> None:
+                for number in range(begin, end):
+                    self._run(number)
+
+            replay = self._graphs[piece] = capture(run)
+        replay()

@@ -1,0 +1,151 @@
+"""CUDA graphs of a step: on the CPU with recorded calls in their place, on a GPU for real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from splitkern.memory import graphs, planned_step
+from splitkern.memory.bound_calls import BoundCall, tensor_of
+from splitkern.memory.compile import compile, compiled_forward_of
+from splitkern.memory.executor import ExecutorOptions
+from tests.memory.compiled_models import (
+    IMAGES,
+    budget_of,
+    require_equal,
+    small,
+    smallest_budget,
+    split_small,
+    train,
+)
+
+GRAPHED = ExecutorOptions(cuda_graphs=True)
+
+
+class Recorded:
+    """Stands for a graph's capture: notes calls and their tensors instead of running them, and can run them again."""
+
+    def __init__(self) -> None:
+        self.captures: list[int] = []
+        self.replays = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        calls: list[Callable[[], None]] = []
+
+        def note(call: Any) -> None:
+            args, kwargs, overload = _copied(call._args), _copied(call._kwargs), call._overload
+            preload = [(tensor_of(read), tensor_of(write)) for read, write in call._preload]
+            copies = [(position, tensor_of(write)) for position, write in call._copies]
+
+            def again() -> None:
+                for read, write in preload:
+                    write.copy_(read)
+                returned = overload(*args, **kwargs)
+                values = returned if isinstance(returned, tuple | list) else (returned,)
+                for position, write in copies:
+                    if values[position] is not None:
+                        write.copy_(values[position])
+
+            calls.append(again)
+
+        real = BoundCall.run
+        BoundCall.run = note  # type: ignore[method-assign]
+        try:
+            run()
+        finally:
+            BoundCall.run = real  # type: ignore[method-assign]
+        self.captures.append(len(calls))
+
+        def replay() -> None:
+            self.replays += 1
+            for call in calls:
+                call()
+
+        return replay
+
+
+def _copied(container: Any) -> Any:
+    if isinstance(container, dict):
+        return {key: _copied(value) for key, value in container.items()}
+    return [_copied(value) for value in container] if isinstance(container, list) else container
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    stand_in = Recorded()
+    monkeypatch.setattr(graphs, "capture", stand_in)
+    monkeypatch.setattr(planned_step, "require_graphs", lambda device, debug: None)
+    return stand_in
+
+
+@pytest.mark.parametrize("make", [small, split_small])
+@pytest.mark.parametrize("share", [None, 0.5, 0.0])
+def test_replayed_steps_are_eager_steps(make: Callable[[], nn.Module], share: float | None, recorded: Recorded) -> None:
+    model = make()
+    expected = train(copy.deepcopy(model), steps=5)
+    budget = None if share is None else budget_of(model, share) + (1 << 20)
+    strategy = "default" if share is None else "layerwise"
+    compile(model, IMAGES, budget=budget, costs="paper", link_gbps=1, strategy=strategy, execution=GRAPHED)
+    require_equal(train(model, steps=5), expected)
+    forward = compiled_forward_of(model)
+    assert forward is not None
+    (executor,) = forward.planned((IMAGES,)).executors
+    if share is None:  # forward, and every part of backward
+        assert len(recorded.captures) == 1 + len(executor.parts)
+    else:
+        assert len(recorded.captures) > 1 + len(executor.parts)
+    assert sum(recorded.captures) == len(executor.plan.instances)
+    assert recorded.replays == 4 * len(recorded.captures)
+
+
+def test_parameters_that_move_are_captured_anew(recorded: Recorded) -> None:
+    model, expected = small(), small()
+    compile(model, IMAGES, budget=None, costs="paper", execution=GRAPHED)
+    require_equal(train(model), train(expected))
+    captures = len(recorded.captures)
+    for one in (model, expected):
+        one[0].weight.data = one[0].weight.data + 1
+    require_equal(train(model), train(expected))
+    assert len(recorded.captures) == 2 * captures
+
+
+def test_gradients_of_a_replayed_step_are_the_callers(recorded: Recorded) -> None:
+    """The memory that graphs write to is not what is handed out."""
+    model, expected = small(), small()
+    compile(model, IMAGES, budget=None, costs="paper", execution=GRAPHED, accumulate=True)
+    for one in (model, expected):
+        for scale in (1.0, 0.5, 2.0, 1.5):
+            one(IMAGES * scale).square().sum().backward()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_what_graphs_copy_is_counted(recorded: Recorded) -> None:
+    plain = compile(small(), IMAGES, budget=None, costs="paper").plan
+    graphed = compile(small(), IMAGES, budget=None, costs="paper", execution=GRAPHED).plan
+    gradient_bytes = sum(p.nbytes for p in small().parameters())
+    assert graphed.peak_bytes - plain.peak_bytes == IMAGES.nbytes + 4 * 5 * 4 + gradient_bytes
+
+
+def test_graphs_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs needs a model on a GPU, got one on cpu"):
+        compile(small(), IMAGES, budget=None, costs="paper", execution=GRAPHED)
+    with pytest.raises(ValueError, match="exclude each other"):
+        graphs.require_graphs(torch.device("cuda"), debug=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_graphs_on_a_gpu(share: float) -> None:
+    images, model = IMAGES.cuda(), split_small().cuda()
+    budget = smallest_budget(model, images) + (4 << 20)
+    reference = copy.deepcopy(model)
+    execution = ExecutorOptions()
+    for one, how in ((reference, execution), (model, GRAPHED)):
+        compile(one, images, budget=None if share == 1 else budget, costs="paper", link_gbps=1, execution=how)
+    require_equal(train(model, images, steps=6), train(reference, images, steps=6))
