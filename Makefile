@@ -65,6 +65,7 @@ demo: build
 	$(VENV)/bin/splitkern train $(DEMO_ARGS)
 
 test test-newest: export OMP_NUM_THREADS := 1
+test test-newest: export OMP_WAIT_POLICY := passive
 pytest_in_parallel = bin/pytest -n $(TEST_JOBS) --dist loadgroup
 
 test: build
