@@ -164,6 +164,7 @@ def compile(
     accumulate: bool = False,
     in_flight: int = 1,
     strict: bool = False,
+    compress: bool = False,
     execution: ExecutorOptions | None = None,
 ) -> Model:
     """Make the training step of a model instance run in a byte budget, by offload and recomputation (HMMS).
@@ -189,6 +190,8 @@ def compile(
             with ``set_to_none=False``), so that the budget holds each twice.
         in_flight: forward passes that may wait for their backward pass at a time, each with an arena of its own.
         strict: refuse inputs of other shapes instead of planning anew.
+        compress: offload without zeros, lossless, what compresses well on `example_inputs`: a forward pass on them
+            measures it. Later values that compress less take longer on the link, and are right all the same.
         execution: how copies run; `ExecutorOptions(debug=True)` checks every copy and poisons freed memory.
 
     Returns:
@@ -223,6 +226,8 @@ def compile(
         raise ValueError(f"optimizer_bytes must not be negative, got {optimizer_bytes}")
     if not isinstance(in_flight, int) or in_flight < 1:
         raise ValueError(f"in_flight must be a whole number of at least 1, got {in_flight!r}")
+    if compress and budget is None:
+        raise ValueError("compress=True needs a budget: with budget=None nothing is offloaded")
     options = CompileOptions(
         budget=_bytes("budget", budget),
         host_budget=_bytes("host_budget", host_budget),
@@ -233,6 +238,7 @@ def compile(
         accumulate=accumulate,
         in_flight=in_flight,
         strict=strict,
+        compress=compress,
         execution=ExecutorOptions() if execution is None else execution,
     )
     arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)

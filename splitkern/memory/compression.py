@@ -7,7 +7,8 @@ since about half of them are zero; what a storage holds next may compress less: 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,23 +82,57 @@ def measure_compression(
     Returns:
         By storage of the graph. Elements are those of the tensor that is written there.
     """
-    saved = executor.saved_tensors()
-    found: dict[int, _core.Compression] = {}
+    device = executor.step.device
+    values = {name: _copied(value) for name, value in parameters.items()}
+    executor.observer = ratios = _Ratios(executor)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            executor.forward(values, inputs)
+    finally:
+        executor.observer = None
+        executor.give_up(executor.number)
+    return ratios.found
 
-    def measure(instance: int) -> None:
-        for place, whole in saved.get(instance, ()):
-            tensor = executor.step.tensors[place]
+
+class _Ratios:
+    """Looks at what the backward part needs of the arena, right after the instance that writes it last."""
+
+    def __init__(self, executor: StepExecutor) -> None:
+        self.found: dict[int, _core.Compression] = {}
+        self._step = step = executor.step
+        operations = [step.operations[one.operation] for one in executor.plan.instances]
+        begin_of_backward = executor.parts[0].begin
+        storage_of = {member: number for number, one in enumerate(executor.plan.storages) for member in one.members}
+        needed = {
+            storage_of[step.tensors[read].storage]
+            for operation in operations[begin_of_backward:]
+            for read in operation.reads
+        }
+        last = {
+            storage_of[step.tensors[place].storage]: (number, place)
+            for number, operation in enumerate(operations[:begin_of_backward])
+            for place in operation.writes
+        }
+        # By instance: the tensor that is written, and the bytes of its whole storage.
+        self._saved: dict[int, list[tuple[int, Tensor]]] = {}
+        for residency in executor.plan.residencies:
+            number, place = last.get(residency.storage, (-1, -1))
+            is_there = residency.begin <= number < residency.end and residency.pool == _core.PoolKind.DEVICE
+            if is_there and residency.storage in needed:
+                size_bytes = step.storages[step.tensors[place].storage].size_bytes
+                whole = executor.arenas.device[residency.offset_bytes : residency.offset_bytes + size_bytes]
+                self._saved.setdefault(number, []).append((place, whole))
+
+    @contextmanager
+    def instance(self, number: int) -> Iterator[None]:
+        """As `Observer` says."""
+        yield
+        for place, whole in self._saved.get(number, ()):
+            tensor = self._step.tensors[place]
             size = tensor.element_bytes
             if size in _INTEGERS and whole.numel() > 0 and whole.numel() % size == 0:
                 ratio = whole.numel() / link_bytes(whole.view(_INTEGERS[size]))
-                found[tensor.storage] = _core.Compression(ratio=ratio, element_bytes=size)
-
-    device = executor.step.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        values = {name: _copied(value) for name, value in parameters.items()}
-        executor.forward(values, inputs, after=measure)
-        executor.abort()
-    return found
+                self.found[tensor.storage] = _core.Compression(ratio=ratio, element_bytes=size)
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -138,12 +173,12 @@ def with_compression(graph: _core.Graph, measured: Mapping[int, _core.Compressio
     )
 
 
-def compression_report(plan: _core.Plan, statistics: _core.CopyStatistics | None) -> CompressionReport:
+def compression_report(plan: _core.Plan, copied: Sequence[_core.CopyStatistics | None]) -> CompressionReport:
     """Predicted and measured ratio of a plan's compressed offloads.
 
     Args:
         plan: that is run.
-        statistics: of its pipeline; None: it has not run.
+        copied: what the copies of its executors have done; None where one has no copies.
     """
     plain, link = 0, 0.0
     for copy in plan.copies:
@@ -151,8 +186,8 @@ def compression_report(plan: _core.Plan, statistics: _core.CopyStatistics | None
         if copy.compressed and copy.kind == _core.CopyKind.OFFLOAD and storage.compression is not None:
             plain += storage.size_bytes
             link += storage.size_bytes / storage.compression.ratio
-    is_counted = statistics is not None and statistics.counted_link_bytes > 0
+    counted = sum(one.counted_bytes for one in copied if one is not None)
+    counted_link = sum(one.counted_link_bytes for one in copied if one is not None)
     return CompressionReport(
-        predicted=plain / link if link > 0 else None,
-        measured=statistics.counted_bytes / statistics.counted_link_bytes if is_counted and statistics else None,
+        predicted=plain / link if link > 0 else None, measured=counted / counted_link if counted_link > 0 else None
     )

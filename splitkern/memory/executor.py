@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from splitkern import _core
+from splitkern import _core, _library
 from splitkern.memory.bound_calls import Bound, BoundCall, Slot, tensor_of
 from splitkern.memory.capture import CapturedOperation, CapturedStep
 from splitkern.memory.graphs import PieceGraphs
@@ -39,6 +39,7 @@ class ExecutorOptions:
         debug: compare every offloaded storage on its way back with what left, and fill freed bytes with NaN.
         max_delay_us: on the CPU, every action of a copy rests for a random time up to this, to shake the order.
         seed: of these delays.
+        count_every: steps; in the first of so many, what compressed copies put on the link is counted.
         cuda_graphs: launch every stretch of operations without copies as one CUDA graph. Inputs and gradients are then
             copied, to and from memory that stays.
     """
@@ -48,6 +49,7 @@ class ExecutorOptions:
     debug: bool = False
     max_delay_us: int = 0
     seed: int = 0
+    count_every: int = 64
     cuda_graphs: bool = False
 
 
@@ -193,6 +195,7 @@ class StepExecutor:
             "max_in_flight": options.copies_in_flight,
             "checksums": options.debug,
             "poison": options.debug,
+            "count_every": options.count_every,
         }
         device = self.step.device
         if device.type == "cpu":
@@ -206,6 +209,7 @@ class StepExecutor:
             **common,
             device_index=self._stream.device_index,
             compute_stream=self._stream.cuda_stream,
+            copy_slots=_library.copy_slots_address() if any(copy.compressed for copy in self.plan.copies) else 0,
         )
 
     def _current_stream(self) -> torch.cuda.Stream | None:

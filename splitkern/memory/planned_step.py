@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from splitkern import _core
 from splitkern.memory.accounting import Accounting, accounting_of
 from splitkern.memory.capture import CapturedStep, capture
+from splitkern.memory.compression import CompressionReport, compression_report, measure_compression, with_compression
 from splitkern.memory.cost_model import CostModel
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from splitkern.memory.graphs import require_graphs
@@ -51,6 +52,7 @@ class CompileOptions:
     accumulate: bool
     in_flight: int
     strict: bool
+    compress: bool
     execution: ExecutorOptions
 
 
@@ -169,6 +171,12 @@ class PlannedStep:
         step, workspaces, rates = _on_machine(step, options)
         graph = _core.Graph.from_json(step.graph_json())
         plan, accounting = _plan(step, graph, workspaces, rates, options)
+        if options.compress:
+            # By the plain plan, within the budget; its arenas go before those of the compressed plan come.
+            execution = replace(options.execution, cuda_graphs=False)
+            measured = measure_compression(StepExecutor(step, graph, plan, execution), *_tensors_of(model, args))
+            graph = with_compression(graph, measured)
+            plan, accounting = _plan(step, graph, workspaces, rates, options)
         self.executors = [StepExecutor(step, graph, plan, options.execution) for _ in range(options.in_flight)]
         self.plan = CompiledPlan(graph, plan, accounting)
         assert step.structure is not None
@@ -177,14 +185,24 @@ class PlannedStep:
         self._structure = step.structure
         self._differentiable = step.differentiable
 
+    @property
+    def compression(self) -> CompressionReport:
+        """How far offloads are compressed: by the plan, and in the steps that were counted since."""
+        return compression_report(self.plan.plan, [one.copied for one in self.executors])
+
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
-        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        tensors, inputs = _tensors_of(model, args)
         # One that is free; else the one whose forward pass is the oldest gives it up.
         executor = min(self.executors, key=lambda one: (one.next_part is not None, one.begun_at))
         outputs = run_step(executor, tensors, inputs, self._differentiable, kept=len(self.executors))
         return tree_unflatten(outputs, self._structure)
+
+
+def _tensors_of(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Parameters and buffers by name, and inputs, as an executor takes them."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    return tensors, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
 def _on_machine(step: CapturedStep, options: CompileOptions) -> tuple[CapturedStep, list[int], dict[str, float]]:

@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from splitkern import _core, ops
-from splitkern.memory import compile as compile_module
 from splitkern.memory.capture import capture
-from splitkern.memory.compile import BudgetError, CompiledForward, CompiledPlan, compile, compiled_forward_of
-from splitkern.memory.compression import compression_report, link_bytes, measure_compression, with_compression
+from splitkern.memory.compile import BudgetError, CompiledPlan, compile, compiled_forward_of
+from splitkern.memory.compression import (
+    CompressionReport,
+    compression_report,
+    link_bytes,
+    measure_compression,
+    with_compression,
+)
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from splitkern.memory.planned_step import PlannedStep
 from splitkern.ops.copy import bytes_on_link, compressed_bytes
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -68,10 +74,10 @@ def plan_of(model: nn.Module) -> CompiledPlan:
     return plan
 
 
-def forward_of(model: nn.Module) -> CompiledForward:
+def planned(model: nn.Module, images: Tensor = IMAGES) -> PlannedStep:
     forward = compiled_forward_of(model)
     assert forward is not None
-    return forward
+    return forward.planned((images,))
 
 
 def compressed(plan: _core.Plan) -> list[_core.Copy]:
@@ -86,7 +92,7 @@ def test_training_is_eager_training_to_the_bit(in_flight: int) -> None:
     copies = compressed(plan_of(model).plan)
     assert len(copies) >= 6
     require_equal(train(model), train(eager))
-    report = forward_of(model).compression
+    report = planned(model).compression
     assert report.predicted is not None and report.measured is not None
     assert report.predicted > 1.2
     # The values moved in five steps, but not far.
@@ -106,9 +112,14 @@ def test_the_default_strategy_within_a_budget() -> None:
 def test_measuring_leaves_the_model_and_the_random_state_alone() -> None:
     model = vgg_like()
     before = copy.deepcopy(model.state_dict())
+    step = capture(model, (IMAGES,), given_gradients=True)
+    graph = _core.Graph.from_json(step.graph_json())
+    executor = StepExecutor(step, graph, _core.plan(graph, _core.Limits(), strategy="none"))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
-    compile(model, IMAGES, **OFFLOADS, compress=True)
+    assert measure_compression(executor, tensors, [IMAGES])
+    assert executor.next_part is None and executor.observer is None
     assert torch.equal(state, torch.random.get_rng_state())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -124,7 +135,7 @@ def test_values_that_compress_less_than_measured_come_back_all_the_same() -> Non
                 if isinstance(module, nn.BatchNorm2d):
                     module.bias.fill_(4.0)
     require_equal(train(model), train(eager))
-    report = forward_of(model).compression
+    report = planned(model).compression
     assert report.predicted is not None and report.measured is not None
     assert report.predicted > 2 and report.measured < 1.3
 
@@ -155,19 +166,18 @@ def test_nothing_is_compressed_without_a_measurement_that_pays() -> None:
 @pytest.mark.parametrize("spoil", ["mask", "header"])
 def test_a_compressed_storage_that_comes_back_changed_is_named(spoil: str) -> None:
     model = compile(vgg_like(), IMAGES, **OFFLOADS, compress=True, execution=ExecutorOptions(debug=True))
-    planned = next(iter(forward_of(model)._steps.values()))
-    executor = planned.executor
+    executor = planned(model).executors[0]
     loss = F.cross_entropy(model(IMAGES), LABELS)
     assert executor._pipeline is not None
     executor._pipeline.synchronize()
     offload = next(
         one
         for one in compressed(executor.plan)
-        if one.kind == _core.CopyKind.OFFLOAD and one.issue <= executor._begin_of_backward
+        if one.kind == _core.CopyKind.OFFLOAD and one.issue <= executor.parts[0].begin
     )
     offset = executor.plan.residencies[offload.destination].offset_bytes
     # One bit of the first slot's mask: every value behind it moves.
-    executor._host_arena[offset + (128 if spoil == "mask" else 16)] ^= 1
+    executor.arenas.host[offset + (128 if spoil == "mask" else 16)] ^= 1
     with pytest.raises(_core.CopyFailed, match="not those" if spoil == "mask" else "header") as caught:
         loss.backward()
     assert caught.value.storage == offload.storage
@@ -208,7 +218,7 @@ def test_measured_ratios_are_those_of_the_values() -> None:
     assert [one.ratio for one in found.values()] == [expected]
     measured = with_compression(graph, found)
     assert [one.compression for one in measured.storages if one.compression is not None] == list(found.values())
-    assert compression_report(plan, None) == compile_module.CompressionReport(None, None)
+    assert compression_report(plan, [None]) == CompressionReport(None, None)
 
 
 def test_bad_arguments() -> None:
@@ -247,6 +257,6 @@ def test_training_on_a_gpu_is_that_without_compression_to_the_bit(dtype: torch.d
         return found
 
     assert all(map(torch.equal, run(plain), run(model)))
-    report = forward_of(model).compression
+    report = planned(model, images).compression
     assert report.predicted is not None and report.measured is not None
     assert report.measured == pytest.approx(report.predicted, rel=0.3)
