@@ -42,11 +42,27 @@ class StorageKind(enum.Enum):
     INPUT = ...
     PARAMETER = ...
 
+class Compression:
+    def __eq__(self, other: object) -> bool: ...
+    def __init__(self, *, ratio: float = 1.0, element_bytes: int = 1) -> None: ...
+    @property
+    def element_bytes(self) -> int: ...
+    @property
+    def ratio(self) -> float: ...
+
 class Storage:
     def __eq__(self, other: object) -> bool: ...
     def __init__(
-        self, *, name: str = "", size_bytes: int = 0, kind: StorageKind = ..., is_output: bool = False
+        self,
+        *,
+        name: str = "",
+        size_bytes: int = 0,
+        kind: StorageKind = ...,
+        is_output: bool = False,
+        compression: Compression | None = None,
     ) -> None: ...
+    @property
+    def compression(self) -> Compression | None: ...
     @property
     def is_output(self) -> bool: ...
     @property
@@ -204,7 +220,11 @@ class CopyKind(enum.Enum):
 
 class PlanStorage:
     def __eq__(self, other: object) -> bool: ...
-    def __init__(self, *, size_bytes: int = 0, members: Sequence[int] = []) -> None: ...
+    def __init__(
+        self, *, size_bytes: int = 0, members: Sequence[int] = [], compression: Compression | None = None
+    ) -> None: ...
+    @property
+    def compression(self) -> Compression | None: ...
     @property
     def members(self) -> tuple[int, ...]: ...
     @property
@@ -257,9 +277,12 @@ class Copy:
         issue: int = 0,
         wait: int = 0,
         after: Sequence[int] = [],
+        compressed: bool = False,
     ) -> None: ...
     @property
     def after(self) -> tuple[int, ...]: ...
+    @property
+    def compressed(self) -> bool: ...
     @property
     def destination(self) -> int: ...
     @property
@@ -632,8 +655,14 @@ class CopyStatistics:
         prefetches: int = 0,
         prefetch_chunks: int = 0,
         prefetched_bytes: int = 0,
+        counted_bytes: int = 0,
+        counted_link_bytes: int = 0,
         host_wait_us: float = 0.0,
     ) -> None: ...
+    @property
+    def counted_bytes(self) -> int: ...
+    @property
+    def counted_link_bytes(self) -> int: ...
     @property
     def host_wait_us(self) -> float: ...
     @property
@@ -662,10 +691,12 @@ class CopyPipeline:
         host_bytes: int,
         device_index: int,
         compute_stream: int,
+        copy_slots: int = 0,
         chunk_bytes: int = 16777216,
         max_in_flight: int = 2,
         checksums: bool = False,
         poison: bool = False,
+        count_every: int = 64,
     ) -> CopyPipeline: ...
     @staticmethod
     def on_host(
@@ -679,6 +710,7 @@ class CopyPipeline:
         max_in_flight: int = 2,
         checksums: bool = False,
         poison: bool = False,
+        count_every: int = 64,
         seed: int = 0,
         max_delay_us: int = 0,
     ) -> CopyPipeline: ...

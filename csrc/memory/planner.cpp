@@ -35,11 +35,11 @@ const Strategy& strategy_named(const std::string& name) {
 
 class Planner {
  public:
-  Planner(const Graph& graph, const Limits& limits, const PlanOptions& options)
+  Planner(const Graph& graph, const Limits& limits, const PlanOptions& options, bool compress)
       : graph_(graph),
         limits_(limits),
         options_(options),
-        live_(analyse(graph, assign_storages(graph), limits)),
+        live_(analyse(graph, assign_storages(graph), limits, compress)),
         scheduler_(graph, live_, limits),
         effort_(std::max<int64_t>(kLeastEffort, options.search_effort * live_.steps())) {}
 
@@ -201,6 +201,7 @@ class Planner {
     for (int32_t copy : schedule.issue_order) {
       const Transfer& transfer = schedule.transfers[copy / 2];
       const Copy& added = plan.copies.emplace_back(copy_of(schedule, transfer, copy % 2 == 0));
+      plan.storages[added.storage].compression = live_.compression[added.storage];
       const int32_t index = static_cast<int32_t>(plan.copies.size()) - 1;
       plan.boundaries[added.issue].issues.push_back(index);
       plan.boundaries[added.wait].waits.push_back(index);
@@ -233,7 +234,8 @@ class Planner {
       }
       const Transfer& transfer = schedule.transfers[episode.transfer];
       add(episode.storage, Pool::kDevice, bytes, episode.begin, transfer.offload_wait);
-      add(episode.storage, Pool::kHost, bytes, transfer.offload_issue, transfer.prefetch_wait);
+      add(episode.storage, Pool::kHost, live_.host_bytes[episode.storage], transfer.offload_issue,
+          transfer.prefetch_wait);
       add(episode.storage, Pool::kDevice, bytes, transfer.prefetch_issue, episode.end);
     }
     for (int32_t instance = 0; instance < count; ++instance) {
@@ -244,13 +246,15 @@ class Planner {
 
   Copy copy_of(const Schedule& schedule, const Transfer& transfer, bool is_offload) const {
     const int32_t before = first_residency_[transfer.episode];
+    const int32_t storage = schedule.episodes[transfer.episode].storage;
     return {.kind = is_offload ? CopyKind::kOffload : CopyKind::kPrefetch,
-            .storage = schedule.episodes[transfer.episode].storage,
+            .storage = storage,
             .source = is_offload ? before : before + 1,
             .destination = is_offload ? before + 1 : before + 2,
             .issue = is_offload ? transfer.offload_issue : transfer.prefetch_issue,
             .wait = is_offload ? transfer.offload_wait : transfer.prefetch_wait,
-            .after = {}};
+            .after = {},
+            .compressed = live_.compression[storage].has_value()};
   }
 
   void place_pools(Plan& plan) const {
@@ -303,7 +307,14 @@ Plan plan(const Graph& graph, const Limits& limits, const PlanOptions& options) 
     throw InvalidArgument("search_effort must be 1 or more, got " + std::to_string(options.search_effort));
   if (options.placement_effort < 0)
     throw InvalidArgument("placement_effort must be 0 or more, got " + std::to_string(options.placement_effort));
-  return Planner(graph, limits, options).run();
+  if (std::ranges::any_of(graph.storages, [](const Storage& storage) { return storage.compression.has_value(); })) {
+    try {
+      return Planner(graph, limits, options, /*compress=*/true).run();
+    } catch (const Infeasible&) {
+      // Compressed slots on the host take more room than plain ones; so the budgets that it names are the plain ones'.
+    }
+  }
+  return Planner(graph, limits, options, /*compress=*/false).run();
 }
 
 }  // namespace splitkern::memory

@@ -1,6 +1,7 @@
 """`splitkern bench`: memory (live) and time (step) of Split-CNNs against the unsplit network.
 
-The benchmarks of single kernels (conv, pool, copy) are in bench_kernels.py, the study of budgets in bench_budget.py.
+The benchmarks of single kernels (conv, pool, copy) are in bench_kernels.py, the study of budgets in bench_budget.py,
+training under a budget in bench_training.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from splitkern.cli import bench_budget, bench_kernels
+from splitkern.cli import bench_budget, bench_kernels, bench_training
 from splitkern.cli.common import UserError, grid, integer, mib, require, table
 
 _LIVE_DEFAULT = "vgg16:features.16 and resnet50:layer2"
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         subparser.add_argument("--json", action="store_true", help="print JSON instead of a table")
         subparser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON to a file")
     bench_budget.add_parser(which)
+    bench_training.add_parser(which)
     bench_kernels.add_parsers(which)
 
 
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_kernels.run(args)
     if args.benchmark == bench_budget.NAME:
         return bench_budget.run(args)
+    if args.benchmark == bench_training.NAME:
+        return bench_training.run(args)
     require("torchvision", "tqdm")
     import torch
 

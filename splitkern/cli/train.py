@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from splitkern.cli.common import UserError, grid, integer, mib, number, require, table
 
 if TYPE_CHECKING:
-    from splitkern.training import Progress, RunResult, TrainOptions
+    from splitkern.training import BudgetOptions, Progress, RunResult, TrainOptions
 
 _CHECKPOINTS = {"split": "checkpoint.pt", "unsplit": "baseline.pt"}
 _MODELS_TEXT = "vgg11, 13, 16, 19 (each also with _bn), resnet18, 34, 50, 101, 152"
@@ -22,6 +23,7 @@ _MODELS_TEXT = "vgg11, 13, 16, 19 (each also with _bn), resnet18, 34, 50, 101, 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `splitkern train`."""
+    from splitkern import _core
     from splitkern.training.loop import MODEL_NAMES
 
     parser.epilog = (
@@ -104,6 +106,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     how.add_argument("--workers", type=integer(0), default=0, metavar="N", help="processes that read images")
 
+    memory = parser.add_argument_group("memory budget")
+    memory.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="all device memory of a step, such as 16GiB: its memory is planned, by offload and recomputation. "
+        "The baseline of --compare is trained without",
+    )
+    memory.add_argument("--host-budget", metavar="SIZE", help="host memory for what is offloaded (default: no limit)")
+    memory.add_argument(
+        "--strategy", choices=tuple(_core.strategy_names()), metavar="NAME", help="of planning (default: default)"
+    )
+
     output = parser.add_argument_group("results")
     output.add_argument(
         "--out", type=Path, default=Path("splitkern-output"), metavar="FOLDER", help="default: splitkern-output"
@@ -151,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         split=None if args.no_split else split,
+        budget=_budget(args),
     )
     try:
         results = _train_all(args, options)
@@ -165,6 +180,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _budget(args: argparse.Namespace) -> BudgetOptions | None:
+    from splitkern.memory.report import parse_bytes
+    from splitkern.training import BudgetOptions
+
+    sizes = {}
+    for name in ("budget", "host_budget"):
+        text = getattr(args, name)
+        try:
+            sizes[name] = None if text is None else parse_bytes(text)
+        except ValueError as error:
+            raise UserError(f"--{name.replace('_', '-')} {error}") from error
+    if sizes["budget"] is None:
+        for name in ("host_budget", "strategy"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --budget")
+        return None
+    return BudgetOptions(sizes["budget"], sizes["host_budget"], args.strategy or "default")
+
+
 def _train_all(args: argparse.Namespace, options: TrainOptions) -> dict[str, RunResult]:
     """The runs, unsplit first where both were made."""
     from splitkern.training import load_data, train
@@ -175,7 +209,7 @@ def _train_all(args: argparse.Namespace, options: TrainOptions) -> dict[str, Run
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {"split" if options.split else "unsplit": options}
     if args.compare:
-        runs["unsplit"] = replace(options, split=None)
+        runs["unsplit"] = replace(options, split=None, budget=None)
     results = {}
     for name, run_options in runs.items():
         checkpoint = args.out / _CHECKPOINTS[name]
@@ -209,6 +243,12 @@ def _progress_bar(name: str) -> Progress:
             self._tqdm = tqdm(
                 total=epochs * steps, initial=first_epoch * steps, desc=f"{name:7}", unit="step", disable=None
             )
+
+        def planning(self) -> None:
+            print(f"{name:7} planning the memory of a step; operations not seen before are measured", file=sys.stderr)
+
+        def planned(self, text: str) -> None:
+            print(f"{name:7} {text}", file=sys.stderr)
 
         def step(self, loss: float) -> None:
             self._tqdm.set_postfix_str(f"loss {loss:.3f}", refresh=False)
@@ -256,6 +296,7 @@ def _write(folder: Path, options: TrainOptions, results: dict[str, RunResult]) -
         record["split_to_unsplit"] = {
             "peak_bytes": split.peak_bytes / unsplit.peak_bytes,
             "total_peak_bytes": split.total_peak_bytes / unsplit.total_peak_bytes,
+            "device_peak_bytes": split.device_peak_bytes / unsplit.device_peak_bytes,
             "median_step_ms": split.median_step_ms / unsplit.median_step_ms,
         }
     temporary = folder / "results.json.tmp"
@@ -273,27 +314,43 @@ def _table(results: dict[str, RunResult]) -> str:
         ["  with parameter gradients", *(mib(run.total_peak_bytes) for run in runs)],
         ["  beside it: parameters", *(mib(run.parameter_bytes) for run in runs)],
         ["  beside it: input batch", *(mib(run.input_bytes) for run in runs)],
+        ["all device memory of a step, measured", *(mib(run.device_peak_bytes) for run in runs)],
+        *_plan_rows(runs),
         ["step time, median", *(f"{run.median_step_ms:.1f} ms" for run in runs)],
     ]
-    if any(run.device_peak_bytes is not None for run in runs):
-        rows.insert(6, ["max_memory_allocated", *(mib(run.device_peak_bytes or 0) for run in runs)])
     header = ["", *results]
     if len(runs) == 2:
         header.append("split/unsplit")
         unsplit, split = runs
-        ratios = [
-            "",
-            "",
-            f"{split.peak_bytes / unsplit.peak_bytes:.3f}",
-            f"{split.total_peak_bytes / unsplit.total_peak_bytes:.3f}",
-            "",
-            "",
-            f"{split.median_step_ms / unsplit.median_step_ms:.3f}",
-        ]
-        if len(rows) == 8:
-            ratios.insert(6, f"{(split.device_peak_bytes or 0) / (unsplit.device_peak_bytes or 1):.3f}")
-        rows = [[*row, ratio] for row, ratio in zip(rows, ratios, strict=True)]
+        ratios = {
+            "peak live bytes of a step": split.peak_bytes / unsplit.peak_bytes,
+            "  with parameter gradients": split.total_peak_bytes / unsplit.total_peak_bytes,
+            "all device memory of a step, measured": split.device_peak_bytes / unsplit.device_peak_bytes,
+            "step time, median": split.median_step_ms / unsplit.median_step_ms,
+        }
+        rows = [[*row, f"{ratios[row[0]]:.3f}" if row[0] in ratios else ""] for row in rows]
     return table(header, rows)
+
+
+def _plan_rows(runs: Sequence[RunResult]) -> list[list[str]]:
+    """What the plans say, where there are any."""
+    if all(run.plan is None for run in runs):
+        return []
+
+    def row(label: str, text: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [label, *("-" if run.plan is None else text(run.plan) for run in runs)]
+
+    def done(plan: Mapping[str, Any]) -> str:
+        counts = f"{plan['copies']} copies, {plan['recomputed']} recomputed"
+        return "left alone: it fits" if plan["is_left_alone"] else counts
+
+    return [
+        row("  predicted by the plan", lambda plan: mib(plan["peak_bytes"])),
+        row("    arena", lambda plan: mib(plan["arena_bytes"])),
+        row("    reserve", lambda plan: mib(plan["reserve_bytes"])),
+        row("    host memory", lambda plan: mib(plan["host_bytes"])),
+        row("    what it does", done),
+    ]
 
 
 def _percent(share: float | None) -> str:

@@ -114,6 +114,21 @@ class CompiledPlan:
             f"{self.predicted_step_ms:.1f} ms predicted"
         )
 
+    def summary(self) -> dict[str, Any]:
+        """Its figures, for JSON: bytes, milliseconds, counts."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "arena_bytes": self.arena_bytes,
+            "parameters_bytes": self.parameters_bytes,
+            "reserve_bytes": self.reserve_bytes,
+            "beside_bytes": self.beside_bytes,
+            "host_bytes": self.host_bytes,
+            "predicted_step_ms": self.predicted_step_ms,
+            "copies": len(self.plan.copies),
+            "recomputed": sum(instance.is_recomputation for instance in self.plan.instances),
+            "is_left_alone": self.is_left_alone,
+        }
+
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON."""
         Path(path).write_text(self.plan.to_json())

@@ -20,7 +20,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional
 
+from splitkern.memory.compile import uncompile_
 from splitkern.memory.live_bytes import LiveBytes
+from splitkern.memory.step_bytes import StepBytes
+from splitkern.training.budget import BudgetOptions, evaluation_batch, plan_training
 from splitkern.training.checkpoint import CheckpointError, describe_difference, load_checkpoint, save_checkpoint
 from splitkern.training.data import Batch, ImageData
 
@@ -58,7 +61,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What determines a run. `split` None trains the unsplit model."""
+    """What determines a run. `split` None trains the unsplit model; `budget` None plans nothing."""
 
     model: str = "resnet18"
     data: str = "digits"
@@ -73,11 +76,12 @@ class TrainOptions:
     device: str = "cpu"
     workers: int = 0
     split: SplitOptions | None = None
+    budget: BudgetOptions | None = None
 
     def identity(self) -> dict[str, Any]:
         """The options on which the weights depend, apart from the split, in types that a checkpoint can hold."""
         values = dataclasses.asdict(self)
-        for name in ("split", "workers", "device"):
+        for name in ("split", "workers", "device", "budget"):
             del values[name]
         return values
 
@@ -92,10 +96,12 @@ class RunResult:
             a model that isn't split).
         loss: mean training loss of every epoch.
         step_ms: duration of every training step but the measured one, in milliseconds.
-        peak_bytes: peak live bytes of one training step, activations and their gradients.
+        peak_bytes: peak live bytes of one training step, activations and their gradients; under a budget with the whole
+            arena, which is held all the time.
         total_peak_bytes: the same with the parameters' gradients.
         parameter_bytes, gradient_bytes, input_bytes: the parameters, their gradients and the input batch.
-        device_peak_bytes: `max_memory_allocated` of the measured step (CUDA only).
+        device_peak_bytes: all device memory of the measured step, scratch inside operators included.
+        plan: under a budget, the figures of the plan (`CompiledPlan.summary`), and "text", which says them.
         timeline: (ms since the step's begin, live bytes) over the measured step.
         backward_ms: where in it the backward pass begins.
     """
@@ -110,7 +116,8 @@ class RunResult:
     parameter_bytes: int = 0
     gradient_bytes: int = 0
     input_bytes: int = 0
-    device_peak_bytes: int | None = None
+    device_peak_bytes: int = 0
+    plan: dict[str, Any] | None = None
     timeline: list[tuple[float, int]] = field(default_factory=list)
     backward_ms: float = 0.0
 
@@ -131,6 +138,12 @@ class Progress:
 
     def begin(self, epochs: int, steps: int, first_epoch: int) -> None:
         """A run begins: `steps` per epoch, of which the epochs before `first_epoch` are done."""
+
+    def planning(self) -> None:
+        """The steps' memory is being planned, which may take a minute: operations are measured."""
+
+    def planned(self, text: str) -> None:
+        """There is a plan; `text` says what it does."""
 
     def step(self, loss: float) -> None:
         """A step is done."""
@@ -197,7 +210,7 @@ def check_options(options: TrainOptions) -> None:
 class _Run:
     """State of one run: everything that a checkpoint carries."""
 
-    def __init__(self, options: TrainOptions, data: ImageData) -> None:
+    def __init__(self, options: TrainOptions, data: ImageData, progress: Progress) -> None:
         self.options = options
         self.data = data
         self.device = torch.device(options.device)
@@ -207,12 +220,18 @@ class _Run:
         random.seed(options.seed)
         model = build_model(options.model, class_count=data.class_count)
         self.model = model.to(self.device, memory_format=MEMORY_FORMATS[options.memory_format])  # type: ignore[call-overload]
+        self.split_config: dict[str, Any] | None = None
         if options.split is not None:
+            from splitkern import config_of
+
             try:
                 self._split(self.model, options.split)
             except (ValueError, TypeError) as error:
                 raise OptionsError(str(error)) from error
-        # Splitting may draw; the runs with and without it shall draw the same from here on.
+            self.split_config = dict(config_of(self.model))
+        if options.budget is not None:
+            self._plan(options.budget, progress)
+        # Splitting and measuring may draw; the runs with and without them shall draw the same from here on.
         torch.manual_seed(options.seed)
         self.steps = len(data.train_batches(options.batch, seed=options.seed, epoch=0))
         # Fused, because the other forms make temporaries of the size of the largest weights.
@@ -229,20 +248,13 @@ class _Run:
         )
         self.scaler = GradScaler(self.device.type, enabled=options.precision == "fp16")
 
-    def split_config(self) -> dict[str, Any] | None:
-        if self.options.split is None:
-            return None
-        from splitkern import config_of
-
-        return dict(config_of(self.model))
-
     def state(self) -> dict[str, Any]:
         rng: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "arguments": self.options.identity(),
-            "split": self.split_config(),
+            "split": self.split_config,
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -254,7 +266,7 @@ class _Run:
 
     def restore(self, path: Path) -> None:
         state = load_checkpoint(path)
-        saved, given = state["split"], self.split_config()
+        saved, given = state["split"], self.split_config
         if saved is None or given is None:
             difference = None if saved is given else (_describe_split(saved), _describe_split(given))
         else:
@@ -273,7 +285,7 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
-            self.result = RunResult(**state["record"])
+            self.result = RunResult(**{**state["record"], "plan": self.result.plan})
             self.epoch = int(state["epoch"])
             torch.set_rng_state(state["rng"]["torch"])
             random.setstate(state["rng"]["python"])
@@ -312,6 +324,8 @@ class _Run:
             return
         from splitkern import unsplit_
 
+        if self.result.plan is not None:
+            uncompile_(self.model)
         model = unsplit_(copy.deepcopy(self.model))
         self.result.accuracy_unsplit = self._accuracy(model)
         self._split(model, dataclasses.replace(split, evaluation="split"))
@@ -320,17 +334,34 @@ class _Run:
     def _split(self, model: nn.Module, split: SplitOptions) -> None:
         from splitkern import split_
 
-        example = torch.zeros(2, 3, self.options.image_size, self.options.image_size, device=self.device)
-        split_(model, self._format(example), **split.keywords())
+        split_(model, self._blank(2), **split.keywords())
+
+    def _plan(self, budget: BudgetOptions, progress: Progress) -> None:
+        options = self.options
+        progress.planning()
+        # All batches of training are of one size: the incomplete last one is left out.
+        images = min(options.batch, len(self.data.train))  # type: ignore[arg-type]
+        try:
+            with self._autocast():
+                self.result.plan = plan_training(self.model, self._blank(images), budget)
+        except (ValueError, TypeError) as error:
+            raise OptionsError(str(error)) from error
+        progress.planned(self.result.plan["text"])
 
     def _accuracy(self, model: nn.Module) -> float:
         model.eval()
         right = count = 0
+        options = self.options
+        images = options.batch
+        if options.budget is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self._autocast():
+                images = evaluation_batch(model, self.optimizer, self._blank(1), options.budget, images)
         with torch.inference_mode():
-            for batch in self.data.test_batches(self.options.batch, workers=self.options.workers):
-                images, classes = self._to_device(batch)
+            for batch in self.data.test_batches(images, workers=options.workers):
+                inputs, classes = self._to_device(batch)
                 with self._autocast():
-                    scores = model(images)
+                    scores = model(inputs)
                 right += int((scores.argmax(1) == classes).sum())
                 count += len(classes)
         return right / max(1, count)
@@ -351,25 +382,28 @@ class _Run:
         return float(value)
 
     def _measured_step(self, images: torch.Tensor, classes: torch.Tensor) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with LiveBytes() as live:
+        with StepBytes(self.model, self.optimizer, [images, classes]) as measured, LiveBytes() as live:
             loss = self._step(images, classes, live)
         result = self.result
-        if self.device.type == "cuda":
-            result.device_peak_bytes = torch.cuda.max_memory_allocated(self.device)
-        result.peak_bytes = live.peak_bytes
-        result.total_peak_bytes = live.peak_of()
+        result.device_peak_bytes = measured.peak_bytes
+        arena_bytes = 0 if result.plan is None else int(result.plan["arena_bytes"])
+        result.peak_bytes = live.peak_bytes + arena_bytes
+        result.total_peak_bytes = live.peak_of() + arena_bytes
         result.gradient_bytes = live.peak_of(PARAMETER_GRADIENTS)
         result.parameter_bytes = sum(p.untyped_storage().nbytes() for p in self.model.parameters())
         result.input_bytes = images.untyped_storage().nbytes()
-        result.timeline = [(sample.offset_ms, sample.live_bytes) for sample in live.timeline("activations")]
+        timeline = live.timeline("activations")
+        result.timeline = [(sample.offset_ms, sample.live_bytes + arena_bytes) for sample in timeline]
         result.backward_ms = live.marks[0][0]
         return loss
 
     def _to_device(self, batch: Batch) -> Batch:
         images, classes = batch
         return self._format(images.to(self.device)), classes.to(self.device)
+
+    def _blank(self, images: int) -> torch.Tensor:
+        size = self.options.image_size
+        return self._format(torch.zeros(images, 3, size, size, device=self.device))
 
     def _format(self, images: torch.Tensor) -> torch.Tensor:
         return images.contiguous(memory_format=MEMORY_FORMATS[self.options.memory_format])
@@ -403,12 +437,12 @@ def train(
         progress: told of steps and epochs.
 
     Raises:
-        OptionsError: for options that cannot work; the text of `split_` where it refuses.
+        OptionsError: for options that cannot work; the text of `split_` or `compile` where it refuses.
         CheckpointError: for a checkpoint that is damaged or belongs to other options.
     """
     check_options(options)
     progress = progress or Progress()
-    run = _Run(options, data)
+    run = _Run(options, data, progress)
     if resume and checkpoint.exists():
         run.restore(checkpoint)
     progress.begin(options.epochs, run.steps, run.epoch)

@@ -1,0 +1,142 @@
+"""`splitkern bench training`: largest batch and throughput under an equal byte budget, measured, against the peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from splitkern.cli.common import UserError, grid, integer, number, require, table
+
+NAME = "training"
+_TEXT = "largest batch and throughput of training under an equal byte budget, against other ways to save memory"
+
+
+def add_parser(which: Any) -> None:
+    """Adds the benchmark to the choices of `splitkern bench`."""
+    from splitkern.training.loop import MODEL_NAMES
+
+    parser = which.add_parser(NAME, help=_TEXT, description=_TEXT[0].upper() + _TEXT[1:] + ".")
+    parser.epilog = (
+        "The budget covers all device memory of a step: parameters, gradients, momentum, inputs, activations, scratch. "
+        "On a GPU: splitkern bench training --device cuda --network vgg19 --precision bf16 "
+        "--memory-format channels_last --budget 16GiB --save vgg19.json --plot vgg19.png"
+    )
+    parser.add_argument("--network", default="resnet18", choices=MODEL_NAMES, metavar="NAME", help="default resnet18")
+    parser.add_argument("--image-size", type=integer(8), default=224, metavar="PIXELS", help="default 224")
+    parser.add_argument("--budget", required=True, metavar="SIZE", help="device bytes of a step, such as 16GiB")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast")
+    parser.add_argument("--memory-format", default="contiguous", choices=("contiguous", "channels_last"))
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--methods",
+        metavar="NAME,NAME",
+        help="of plain, splitkern, splitkern-split, layerwise, save_on_cpu, checkpoint, torch.compile-SHARE "
+        "(default: all; plain is always there)",
+    )
+    parser.add_argument(
+        "--activation-budget",
+        action="append",
+        type=number(at_least=0, at_most=1),
+        metavar="SHARE",
+        help="activation_memory_budget of torch.compile, may be repeated (default: 0.5 and 0.1)",
+    )
+    parser.add_argument("--grid", type=grid, default=(2, 2), metavar="RxC", help="of splitkern-split (default 2x2)")
+    parser.add_argument("--until", metavar="MODULE", help="last module of the split region (default: as for train)")
+    parser.add_argument("--rounds", type=integer(1), default=10, metavar="N", help="rounds that count (default 10)")
+    parser.add_argument(
+        "--points", type=integer(0), default=3, metavar="N", help="batches timed between the largest ones (default 3)"
+    )
+    parser.add_argument("--at-most", type=integer(1), default=4096, metavar="N", help="largest batch that is tried")
+    parser.add_argument(
+        "--resolution",
+        type=number(at_least=0, below=1),
+        default=0.0,
+        metavar="SHARE",
+        help="how far the next batch that does not fit may lie above a largest one (default 0: it is the next)",
+    )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file after every row")
+    parser.add_argument("--resume", action="store_true", help="continue the file where it was cut off")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw images per second against the batch")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    output.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints."""
+    require("torchvision", "tqdm", *(["matplotlib"] if args.plot else []))
+    from splitkern.benchmarks.record import RecordError
+    from splitkern.benchmarks.report import markdown
+    from splitkern.benchmarks.training_report import plot, report
+
+    try:
+        data = _measure(args)
+    except (RecordError, ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if args.plot is not None:
+        try:
+            args.plot.parent.mkdir(parents=True, exist_ok=True)
+            plot(args.plot, data)
+        except OSError as error:
+            raise UserError(f"--plot {args.plot} cannot be written: {error.strerror}") from error
+    print(json.dumps(data, indent=1) if args.json else report(data, markdown if args.markdown else table))
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from splitkern.benchmarks.common import commit, machine
+    from splitkern.benchmarks.record import Record
+    from splitkern.benchmarks.training import TrainingBench
+    from splitkern.benchmarks.training_methods import ACTIVATION_BUDGETS, PLAIN, TrainingCase, methods
+    from splitkern.memory.report import parse_bytes
+    from splitkern.training.loop import TrainOptions, check_options
+
+    try:
+        budget = parse_bytes(args.budget)
+    except ValueError as error:
+        raise ValueError(f"--budget {error}") from error
+    case = TrainingCase(
+        network=args.network,
+        image_size=args.image_size,
+        budget=budget,
+        precision=args.precision,
+        memory_format=args.memory_format,
+        device=args.device,
+        grid=args.grid,
+        until=args.until,
+    )
+    check_options(
+        TrainOptions(model=case.network, image_size=case.image_size, precision=case.precision, device=case.device)
+    )
+    known = methods(tuple(args.activation_budget or ACTIVATION_BUDGETS))
+    names = [name.strip() for name in args.methods.split(",")] if args.methods else list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--methods must be of {', '.join(known)}, got {name!r}")
+    chosen = {name: method for name, method in known.items() if name == PLAIN or name in names}
+    options = {name: getattr(args, name) for name in _OPTIONS} | {"methods": list(chosen)}
+    import torch
+
+    header = {
+        "benchmark": NAME,
+        "options": options,
+        "commit": commit(),
+        "machine": machine(torch.device(args.device)),
+        "title": case.text,
+    }
+    record = Record(header, args.save, resume=args.resume)
+    with tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
+        bench = TrainingBench(case, chosen, record, on_change=bar.set_description_str)
+        largest = bench.find_largest(at_most=args.at_most, resolution=args.resolution)
+        bench.time_batches(largest, points=args.points, rounds=args.rounds)
+    return record.data
+
+
+_OPTIONS = (
+    "network", "image_size", "budget", "precision", "memory_format", "device", "grid", "until", "rounds", "points",
+    "at_most", "resolution",
+)  # fmt: skip

@@ -1,0 +1,255 @@
+"""`splitkern bench training`: what fits, what is timed, and what a row says; not how good the figures are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from splitkern.benchmarks import training
+from splitkern.benchmarks.record import Record
+from splitkern.benchmarks.report import markdown
+from splitkern.benchmarks.training import TrainingBench, Trial, batches_of_interest, largest_batch
+from splitkern.benchmarks.training_methods import PLAIN, TrainingCase, TrainingStep, methods
+from splitkern.benchmarks.training_report import plot, report
+from splitkern.cli import main
+from splitkern.memory.step_bytes import StepBytes, resident_bytes
+
+SIZE = 16
+KNOWN = methods((0.5,))
+
+
+class Tiny(nn.Module):
+    """As a torchvision VGG is built: `features`, then a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (3, 8, 8, 8):
+            layers += [nn.Conv2d(inputs, 8, 3, padding=1), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers, nn.MaxPool2d(4))
+        self.classifier = nn.Linear(8 * (SIZE // 4) ** 2, 1000)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.classifier(self.features(images).flatten(1))
+        return scores
+
+
+def case_of(budget: int) -> TrainingCase:
+    return TrainingCase("vgg11", SIZE, budget, until="features.3")
+
+
+def measured(name: str, batch: int, budget: int = 1 << 30) -> int:
+    """Device bytes of two steps."""
+    step = TrainingStep(case_of(budget), Tiny(), KNOWN[name], batch, budget)
+    with StepBytes(step.model, step.optimizer, [step.images, step.classes]) as bytes_:
+        step()
+        step()
+    return bytes_.peak_bytes
+
+
+def bench_of(names: list[str], budget: int, record: Record | None = None) -> TrainingBench:
+    torch.manual_seed(0)
+    chosen = {name: KNOWN[name] for name in names}
+    header = {"benchmark": "training", "options": {}, "commit": None, "title": case_of(budget).text}
+    record = record or Record({**header, "machine": {"device": "cpu", "processor": "one", "threads": 1, "torch": "2"}})
+    return TrainingBench(case_of(budget), chosen, record, network=Tiny())
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+def test_step_bytes_counts_everything() -> None:
+    """A linear layer, whose step can be counted by hand: weights, gradients, momentum, inputs, scores."""
+    model = nn.Linear(1024, 256, bias=False)
+    images = torch.ones(8, 1024)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    assert resident_bytes(model, optimizer, [images]) == 1024 * 256 * 4 + 8 * 1024 * 4
+    with StepBytes(model, optimizer, [images]) as bytes_:
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            model(images).sum().backward()
+            optimizer.step()
+    weights, rest = 1024 * 256 * 4, 8 * 1024 * 4 + 8 * 256 * 4
+    assert 3 * weights + rest - 8 * 256 * 4 <= bytes_.peak_bytes <= 3 * weights + rest + 1024
+    assert resident_bytes(model, optimizer, [images]) == 3 * weights + 8 * 1024 * 4
+
+
+def test_methods_train_alike_and_peers_save_memory() -> None:
+    """Every method computes the same step; what it is there for shows in its bytes."""
+    states = {}
+    for name in ("plain", "splitkern", "layerwise", "save_on_cpu", "checkpoint"):
+        torch.manual_seed(1)
+        network = Tiny()
+        step = TrainingStep(case_of(1 << 30), network, KNOWN[name], 8, 1 << 30)
+        step()
+        step()
+        assert (step.plan is not None) == KNOWN[name].is_planned
+        states[name] = step.model.state_dict()
+        assert not torch.equal(states[name]["classifier.weight"], network.state_dict()["classifier.weight"])
+    for name, state in states.items():
+        for key, value in state.items():
+            assert torch.allclose(value, states["plain"][key], rtol=1e-5, atol=1e-6), (name, key)
+    plain = measured("plain", 64)
+    assert measured("checkpoint", 64) < 0.9 * plain
+    assert measured("splitkern", 64, plain * 9 // 10) < plain
+    assert measured("save_on_cpu", 64) == pytest.approx(plain, rel=0.01), "on the CPU it saves nothing, as its row says"
+    assert "copies nothing" in KNOWN["save_on_cpu"].cpu_note
+
+
+# --- search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "need", [lambda n: 1000 + 70 * n, lambda n: 1000 + 70 * n + 40 * (n % 7), lambda n: 900 + n**2]
+)
+@pytest.mark.parametrize("first", [1, 8, 500])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_largest_batch_is_the_last_that_fits(need: Callable[[int], int], first: int, is_known: bool) -> None:
+    budget = 20_000
+
+    def attempt(batch: int) -> Trial:
+        return Trial(batch, need(batch) <= budget, need(batch) if is_known else None)
+
+    found, trials = largest_batch(attempt, budget, fixed_bytes=500, first=first)
+    assert need(found) <= budget < need(found + 1)
+    assert len({trial.batch for trial in trials}) == len(trials) <= 20
+
+
+def test_an_affine_need_takes_four_trials() -> None:
+    found, trials = largest_batch(lambda n: Trial(n, 100 + 7 * n <= 9000, 100 + 7 * n), 9000, fixed_bytes=0)
+    assert found == (9000 - 100) // 7
+    assert len(trials) <= 5
+
+
+def test_largest_batch_of_none_and_of_all() -> None:
+    assert largest_batch(lambda n: Trial(n, False, None), 1)[0] == 0
+    found, trials = largest_batch(lambda n: Trial(n, True, None), 1, at_most=100)
+    assert found == 100
+    assert max(trial.batch for trial in trials) == 100
+
+
+def test_resolution_ends_the_search_early() -> None:
+    found, trials = largest_batch(lambda n: Trial(n, n <= 777, None), 1, resolution=0.1)
+    assert 700 <= found <= 777
+    assert len(trials) < len(largest_batch(lambda n: Trial(n, n <= 777, None), 1)[1])
+
+
+def test_batches_of_interest() -> None:
+    assert batches_of_interest({"plain": 10, "a": 0, "b": 25}, 0) == [10, 25]
+    assert batches_of_interest({"plain": 1, "a": 8, "b": 5}, 2) == [1, 2, 4, 5, 8]
+
+
+# --- the bench ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_finds_and_times_under_the_budget(tmp_path: Path) -> None:
+    budget = measured("plain", 24) + 1000
+    names = ["plain", "splitkern", "splitkern-split", "checkpoint"]
+    bench = bench_of(names, budget)
+    largest = bench.find_largest(resolution=0.2)
+    assert largest["plain"] in range(20, 26)
+    assert min(largest["splitkern"], largest["checkpoint"]) > largest["plain"]
+    for name in names:
+        trials = bench.record.rows[f"largest {name}"]["trials"]
+        assert any(not trial["fits"] and trial["reason"] for trial in trials)
+        assert max(trial["batch"] for trial in trials if trial["fits"]) == largest[name]
+    bench.time_batches(largest, points=0, rounds=2)
+    at_plain = bench.record.rows[f"time {largest['plain']}"]
+    assert set(at_plain["methods"]) == set(names)
+    assert at_plain["methods"]["plain"]["slowdown"]["median"] == 0
+    for row in bench.record.rows.values():
+        for name, one in row.get("methods", {}).items():
+            assert 0 < one["peak_bytes"] <= budget
+            assert ("plan" in one) == KNOWN[name].is_planned
+            assert one["images_per_s"] == pytest.approx(row["batch"] * 1e3 / one["step_ms"]["median"])
+    text = report(bench.record.data, markdown)
+    assert f"| {largest['checkpoint']} | {largest['checkpoint'] / largest['plain']:.2f} |" in text
+    plot(tmp_path / "picture.png", bench.record.data)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+    again = bench_of(names, budget, bench.record)
+    before = json.dumps(bench.record.data)
+    again.time_batches(again.find_largest(), points=0, rounds=2)
+    assert json.dumps(again.record.data) == before, "rows that are there are not measured again"
+
+
+def test_a_plan_that_takes_more_than_its_budget_is_made_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = measured("plain", 24)
+    real, given = StepBytes.__exit__, []
+
+    def larger(self: StepBytes, *args: Any) -> None:
+        real(self, *args)
+        self.peak_bytes += 3000 if len(given) == 1 else 0
+
+    monkeypatch.setattr(StepBytes, "__exit__", larger)
+    compile_ = training.TrainingStep
+
+    def recorded(case: Any, network: Any, method: Any, batch: int, planned: int) -> TrainingStep:
+        given.append(planned)
+        return compile_(case, network, method, batch, planned)
+
+    monkeypatch.setattr(training, "TrainingStep", recorded)
+    bench = bench_of(["plain", "splitkern"], budget)
+    ready = bench._prepare(KNOWN["splitkern"], 48)
+    assert given[0] == budget
+    assert given[1] < budget
+    assert ready.spare_bytes == budget - given[-1]
+    assert ready.peak_bytes <= budget
+
+
+def test_a_peer_that_fails_says_why_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler here\nsecond line")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    bench = bench_of([PLAIN, "torch.compile-0.5"], measured("plain", 4))
+    largest = bench.find_largest()
+    assert largest["torch.compile-0.5"] == 0
+    bench.time_batches(largest, points=0, rounds=1)
+    assert "no compiler here" in bench.record.rows["largest torch.compile-0.5"]["message"]
+    assert "no compiler here" in report(bench.record.data, markdown)
+
+
+def test_memory_that_cannot_be_had_is_a_batch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TrainingStep.__call__
+
+    def limited(self: TrainingStep) -> None:
+        if len(self.images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        real(self)
+
+    monkeypatch.setattr(TrainingStep, "__call__", limited)
+    bench = bench_of([PLAIN], 1 << 30)
+    assert bench.find_largest(at_most=16) == {PLAIN: 5}
+    assert "out of memory" in bench.record.rows["largest plain"]["trials"][0]["reason"]
+
+
+def test_a_budget_that_plain_pytorch_cannot_do_with() -> None:
+    bench = bench_of([PLAIN], 1000)
+    largest = bench.find_largest()
+    assert largest == {PLAIN: 0}
+    with pytest.raises(ValueError, match="trains nothing in this budget: a batch of 1 needs"):
+        bench.time_batches(largest, points=0, rounds=1)
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "much"], "--budget must be bytes"),
+        (["--budget", "1GiB", "--methods", "plain,magic"], "torch.compile-0.1, got 'magic'"),
+        (["--budget", "1GiB", "--device", "abacus"], "abacus"),
+        (["--budget", "1GiB", "--network", "vgg11", "--image-size", "16"], "vgg11 takes no images of 16 pixels"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "training", *arguments]) == 2
+    assert message in capsys.readouterr().err
