@@ -23,7 +23,7 @@ import splitkern as sk
 from splitkern.memory import plans
 from splitkern.memory.capture import CaptureError
 from splitkern.memory.compile import BudgetError
-from tests.memory.test_compile import (
+from tests.memory.compiled_models import (
     IMAGES,
     LABELS,
     SHAKEN,
