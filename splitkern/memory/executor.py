@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -100,14 +101,18 @@ class Arenas:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A parameter as it was bound."""
+    """A parameter as it was bound. It may go while the executor stays."""
 
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     address: int
     strides: tuple[int, ...]
 
+    @classmethod
+    def of(cls, value: Tensor) -> _Kept:
+        return cls(weakref.ref(value), value.data_ptr(), value.stride())
+
     def is_still(self, value: Tensor) -> bool:
-        return value is self.tensor and value.data_ptr() == self.address and value.stride() == self.strides
+        return value is self.tensor() and value.data_ptr() == self.address and value.stride() == self.strides
 
 
 class StepExecutor:
@@ -577,7 +582,7 @@ class StepExecutor:
             return
         # `detach` shares the version counter, by which a change in place is seen.
         self._bind(place, value.detach(), copies=False)
-        self._kept[storage] = _Kept(value, value.data_ptr(), value.stride())
+        self._kept[storage] = _Kept.of(value)
         if self._graphs is not None:
             self._graphs.clear()
 
