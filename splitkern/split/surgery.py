@@ -43,6 +43,8 @@ class SplitForward:
         self.options = options
         self.constants = constants
         self.enabled = True
+        #: A layout to use instead of drawing one, while a step is captured: see :meth:`at`.
+        self.given: Layout | None = None
         self._programs: dict[bool, Program] = {}
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
 
@@ -56,7 +58,7 @@ class SplitForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._programs, self._layouts = {}, OrderedDict()
+        self._programs, self._layouts, self.given = {}, OrderedDict(), None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, options = self.model, self.options
@@ -110,8 +112,8 @@ class SplitForward:
     def layout(self, program: Program, extents: tuple[int, int]) -> Layout:
         """The cut for an input size; drawn afresh for stochastic boundaries in training."""
         key = (id(program), extents)
-        if self.options.boundary == "stochastic" and self.model.training:
-            return self._draw(program, extents)
+        if self.is_drawing:
+            return self.draw(program, extents) if self.given is None else self.given
         if key not in self._layouts:
             self._layouts[key] = make_layout(program, extents, self.options)
         self._layouts.move_to_end(key)
@@ -119,16 +121,40 @@ class SplitForward:
             self._layouts.popitem(last=False)
         return self._layouts[key]
 
-    def _draw(self, program: Program, extents: tuple[int, int]) -> Layout:
+    @property
+    def is_drawing(self) -> bool:
+        """Whether a forward pass draws its boundaries now."""
+        return self.enabled and self.options.boundary == "stochastic" and self.model.training
+
+    def draw(self, program: Program, extents: tuple[int, int], generator: torch.Generator | None = None) -> Layout:
+        """A cut with boundaries drawn as a training forward pass draws them, before anything else that it draws.
+
+        Args:
+            program: of :meth:`program`.
+            extents: height and width of the images.
+            generator: source of randomness; PyTorch's default CPU generator where None.
+
+        Raises:
+            ValueError: where no draw fits the network.
+        """
         refusal: ValueError | None = None
         for _ in range(_DRAWS):
             try:
-                return make_layout(program, extents, self.options, draw=True)
+                return make_layout(program, extents, self.options, draw=True, generator=generator)
             except ValueError as error:
                 refusal = error
         raise ValueError(
             f"none of {_DRAWS} draws of stochastic boundaries fits; use fewer patches or a smaller wiggle ({refusal})"
         )
+
+    @contextmanager
+    def at(self, layout: Layout) -> Iterator[None]:
+        """Inside the block forward passes use this layout instead of drawing one."""
+        self.given = layout
+        try:
+            yield
+        finally:
+            self.given = None
 
 
 def first_batch_norm(program: Program) -> str | None:
@@ -159,8 +185,22 @@ def _check_image(name: str, image: object) -> None:
         raise ValueError(f"{name} must be a batch of images [N, C, H, W], got {came}")
 
 
-def make_layout(program: Program, extents: tuple[int, int], options: Options, *, draw: bool = False) -> Layout:
+def make_layout(
+    program: Program,
+    extents: tuple[int, int],
+    options: Options,
+    *,
+    draw: bool = False,
+    generator: torch.Generator | None = None,
+) -> Layout:
     """Cut a program's region for one input size.
+
+    Args:
+        program: of a split model.
+        extents: height and width of the images.
+        options: of the split.
+        draw: draw the boundaries at the joins instead of spacing them evenly.
+        generator: what they are drawn from; PyTorch's default CPU generator where None.
 
     Raises:
         ValueError: where the grid does not fit the join or the boundaries cannot be carried back.
@@ -176,7 +216,7 @@ def make_layout(program: Program, extents: tuple[int, int], options: Options, *,
             if name in read:
                 continue
             if shares is None:
-                joins[name] = _join_bounds(options, axis, name, sizes[name], draw)
+                joins[name] = _join_bounds(options, axis, name, sizes[name], draw, generator)
                 shares = [bound / sizes[name] for bound in joins[name]]
             else:
                 joins[name] = tuple(round(share * sizes[name]) for share in shares)
@@ -184,7 +224,9 @@ def make_layout(program: Program, extents: tuple[int, int], options: Options, *,
     return Layout(region.operations, axes[0], axes[1], options.boundary == "halo")
 
 
-def _join_bounds(options: Options, axis: int, name: str, extent: int, draw: bool) -> Bounds:
+def _join_bounds(
+    options: Options, axis: int, name: str, extent: int, draw: bool, generator: torch.Generator | None
+) -> Bounds:
     cut = options.grid[axis]
     what = ("height", "width")[axis]
     if not isinstance(cut, int):
@@ -195,7 +237,7 @@ def _join_bounds(options: Options, axis: int, name: str, extent: int, draw: bool
             f"grid: {('rows', 'columns')[axis]} must be at most the {what} {extent} of the join ({name}), got {cut}"
         )
     if draw:
-        return geometry.draw_bounds(extent, cut, options.wiggle)
+        return geometry.draw_bounds(extent, cut, options.wiggle, generator)
     return geometry.even_bounds(extent, cut)
 
 
