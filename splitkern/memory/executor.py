@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from splitkern import _core
 from splitkern.memory.capture import CapturedOperation, CapturedStep
@@ -69,16 +68,7 @@ class _Instance:
 
     def _bind(self, reads: Sequence[Any], writes: Sequence[Any]) -> tuple[Any, Any]:
         device = next((tensor.device for tensor in (*reads, *writes) if isinstance(tensor, Tensor)), None)
-
-        def blank(value: Blank) -> Tensor:
-            # Only its shape matters: one element serves all.
-            return torch.zeros((), dtype=value.dtype, device=device).expand(value.sizes)
-
-        given: Any = (self.call.args, self.call.kwargs)
-        given = tree_map_only(Blank, blank, given)
-        given = tree_map_only(Read, lambda read: reads[read.position], given)
-        bound: tuple[Any, Any] = tree_map_only(Write, lambda write: writes[write.position], given)
-        return bound
+        return _filled(self.call.args, reads, writes, device), _filled(self.call.kwargs, reads, writes, device)
 
     def run(self, bind: Callable[[_Outside], Tensor]) -> None:
         reads, writes = self.reads, self.writes
@@ -99,6 +89,20 @@ class _Instance:
                 writes[place].copy_(value)  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True)
+class Arenas:
+    """The memory of a plan's device and host pools, as bytes."""
+
+    device: Tensor
+    host: Tensor
+
+    @classmethod
+    def allocate(cls, device_bytes: int, host_bytes: int, device: torch.device) -> Arenas:
+        """Fresh memory; pinned on the host where the device is a GPU."""
+        host = _arena(host_bytes, torch.device("cpu"), pinned=device.type == "cuda")
+        return cls(_arena(device_bytes, device), host)
+
+
 class StepExecutor:
     """Runs one captured step by one plan, step after step.
 
@@ -110,6 +114,8 @@ class StepExecutor:
         graph: of the step.
         plan: for that graph; it is validated here.
         options: of copies and checks.
+        arenas: memory to run in, at least as large as the plan's pools; several executors may share it where one step
+            has ended before the next begins. Its own unless given.
 
     Raises:
         splitkern._core.InvalidPlan: the plan is wrong for the graph.
@@ -117,7 +123,13 @@ class StepExecutor:
     """
 
     def __init__(
-        self, step: CapturedStep, graph: _core.Graph, plan: _core.Plan, options: ExecutorOptions | None = None
+        self,
+        step: CapturedStep,
+        graph: _core.Graph,
+        plan: _core.Plan,
+        options: ExecutorOptions | None = None,
+        *,
+        arenas: Arenas | None = None,
     ) -> None:
         if step.loss >= 0:
             raise ValueError("step must be captured with given_gradients=True, got one with its loss inside")
@@ -128,10 +140,13 @@ class StepExecutor:
         for number, storage in enumerate(plan.storages):
             for member in storage.members:
                 self._storage_of[member] = number
-        self._device_arena = _arena(plan.predicted.device_peak_bytes, step.device)
-        self._host_arena = _arena(
-            plan.predicted.host_peak_bytes, torch.device("cpu"), pinned=step.device.type == "cuda"
-        )
+        predicted = plan.predicted
+        if arenas is None:
+            arenas = Arenas.allocate(predicted.device_peak_bytes, predicted.host_peak_bytes, step.device)
+        self.arenas = arenas
+        # A tensor at an address is one view, whichever instances use it.
+        self._typed: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[int, int], Tensor] = {}
         self._bound: dict[int, Tensor] = {}
         self._sources = self._outside_storages()
         operations = [step.operations[instance.operation] for instance in plan.instances]
@@ -172,10 +187,10 @@ class StepExecutor:
             return None
         options = self.options
         arenas: dict[str, Any] = {
-            "device": self._device_arena.data_ptr(),
-            "device_bytes": self._device_arena.numel(),
-            "host": self._host_arena.data_ptr(),
-            "host_bytes": self._host_arena.numel(),
+            "device": self.arenas.device.data_ptr(),
+            "device_bytes": self.arenas.device.numel(),
+            "host": self.arenas.host.data_ptr(),
+            "host_bytes": self.arenas.host.numel(),
         }
         common: dict[str, Any] = {
             "chunk_bytes": options.chunk_bytes,
@@ -203,28 +218,39 @@ class StepExecutor:
         parameters = _core.PoolKind.PARAMETERS
         return found | {residency.storage for residency in self.plan.residencies if residency.pool == parameters}
 
-    def _view(self, arena: Tensor, offset_bytes: int, place: int) -> Tensor:
-        tensor = self.step.tensors[place]
-        size_bytes = self.step.storages[tensor.storage].size_bytes
-        item = tensor.element_bytes
-        usable = arena[offset_bytes : offset_bytes + size_bytes // item * item].view(tensor.dtype)
-        return usable.as_strided(tensor.sizes, tensor.strides, usable.storage_offset() + tensor.offset_bytes // item)
+    def _view(self, offset_bytes: int, place: int) -> Tensor:
+        view = self._views.get((place, offset_bytes))
+        if view is None:
+            tensor = self.step.tensors[place]
+            item = tensor.element_bytes
+            typed = self._typed.get(tensor.dtype)
+            if typed is None:
+                arena = self.arenas.device
+                typed = arena[: arena.numel() // item * item].view(tensor.dtype)
+                self._typed[tensor.dtype] = typed
+            offset = typed.storage_offset() + (offset_bytes + tensor.offset_bytes) // item
+            view = self._views[place, offset_bytes] = typed.as_strided(tensor.sizes, tensor.strides, offset)
+        return view
 
     def _view_at(self, place: int, boundary: int) -> Tensor | _Outside:
         """The tensor where the plan has it when the instance behind a boundary runs."""
         storage = self._storage_of[self.step.tensors[place].storage]
         if storage in self._sources:
             return _Outside(storage, place)
-        for residency in self._residencies.get(storage, ()):
-            if residency.begin <= boundary < residency.end:
-                return self._view(self._device_arena, residency.offset_bytes, place)
+        for begin, end, offset_bytes in self._residencies.get(storage, ()):
+            if begin <= boundary < end:
+                return self._view(offset_bytes, place)
         raise AssertionError(f"a valid plan has storage {storage} on the device at boundary {boundary}")
 
     def _bind_instances(self) -> list[_Instance]:
-        self._residencies: dict[int, list[_core.Residency]] = {}
+        # On the device, by storage: begin, end, offset. Attributes of the plan are slow to read.
+        self._residencies: dict[int, list[tuple[int, int, int]]] = {}
+        device = _core.PoolKind.DEVICE
         for residency in self.plan.residencies:
-            if residency.pool == _core.PoolKind.DEVICE and residency.storage >= 0:
-                self._residencies.setdefault(residency.storage, []).append(residency)
+            if residency.storage >= 0 and residency.pool == device:
+                self._residencies.setdefault(residency.storage, []).append(
+                    (residency.begin, residency.end, residency.offset_bytes)
+                )
         bound = []
         for number, instance in enumerate(self.plan.instances):
             operation = self.step.operations[instance.operation]
@@ -385,6 +411,23 @@ class StepExecutor:
             raise RuntimeError(f"{captured.name}: storage of type {value.dtype} read as {captured.dtype}")
         offset = value.storage_offset() + captured.offset_bytes // captured.element_bytes
         return value.as_strided(captured.sizes, captured.strides, offset)
+
+
+def _filled(value: Any, reads: Sequence[Any], writes: Sequence[Any], device: torch.device | None) -> Any:
+    """Arguments of a call with tensors in their places; `tree_map` takes many times as long."""
+    kind = type(value)
+    if kind is Read:
+        return reads[value.position]
+    if kind is Write:
+        return writes[value.position]
+    if kind is tuple or kind is list:
+        return kind([_filled(one, reads, writes, device) for one in value])
+    if kind is dict:
+        return {name: _filled(one, reads, writes, device) for name, one in value.items()}
+    if kind is Blank:
+        # Only its shape matters: one element serves all.
+        return torch.zeros((), dtype=value.dtype, device=device).expand(value.sizes)
+    return value
 
 
 def _arena(size_bytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:

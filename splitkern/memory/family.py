@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ __all__ = ["Draw", "DrawError", "Family", "fit", "numbers_of"]
 Integers = NDArray[np.int64]
 #: Interior boundaries at the join: of the rows, then of the columns.
 Draw = tuple[int, ...]
+
+Part = TypeVar("Part", CapturedOperation, CapturedStorage, CapturedTensor)
 
 #: Largest whole number up to which every whole number is a float64.
 _EXACT = 2**53
@@ -160,47 +162,51 @@ def _whole_numbers(value: Tensor) -> list[int] | None:
     return [int(one) for one in flat.tolist()]
 
 
-Fill = Callable[[list[int]], Any]
+#: Builds a part of the step from the values of a draw; a number is the position of a value that needs no building.
+Fill = int | Callable[[list[Any]], Any]
 
 
 class _Template:
-    """Builds the step from the list of all numbers; what holds no number that varies is shared with the base.
+    """Builds the step of a draw from its numbers; whatever holds none that varies is shared with the base.
 
     Args:
         base: the step whose structure it is.
-        slots: for every number of the step, in the order of `_Numbers`, its position in the list.
-        varies: whether a position's number changes from draw to draw.
+        slots: for every number of the step, in the order of `_Numbers`, its position in what `Family.numbers` returns.
+        count: of what that returns.
+        first_varying: positions from this on hold numbers that change from draw to draw.
     """
 
-    def __init__(self, base: CapturedStep, slots: Sequence[int], first_varying: int) -> None:
-        self._slots, self._first, self._next = slots, first_varying, 0
+    def __init__(self, base: CapturedStep, slots: Sequence[int], count: int, first_varying: int) -> None:
+        self._slots, self._count, self._first, self._next = slots, count, first_varying, 0
+        # Extents of a patch come in many places of the step: each sequence of them is built once.
+        self._sequences: dict[tuple[type, tuple[int, ...]], int] = {}
         graph: list[int] = []
-        self.storages: list[tuple[int, int]] = []
+        self._storages: list[tuple[int, int]] = []
         for index in range(len(base.storages)):
             (slot,) = own = self._take(1)
             graph += own
             if slot >= first_varying:
-                self.storages.append((index, slot))
-        self.tensors: list[tuple[int, int, Fill, Fill]] = []
+                self._storages.append((index, slot))
+        self._tensors: list[tuple[int, int, int, int]] = []
         for index, tensor in enumerate(base.tensors):
             rank = len(tensor.sizes)
             own = self._take(1 + 2 * rank)
             graph += own
             if max(own) >= first_varying:
-                sizes, strides = _tuple_of(own[1 : 1 + rank]), _tuple_of(own[1 + rank :])
-                self.tensors.append((index, own[0], sizes, strides))
+                sizes, strides = self._sequence(tuple, own[1 : 1 + rank]), self._sequence(tuple, own[1 + rank :])
+                self._tensors.append((index, own[0], sizes, strides))
         self.graph = np.asarray(graph, dtype=np.int64)
-        self.operations: list[tuple[int, Fill]] = []
+        self._operations: list[tuple[int, Fill | None, Fill | None]] = []
         for index, operation in enumerate(base.operations):
-            fill = self._fill((operation.call, operation.out_call))
-            if fill is not None:
-                self.operations.append((index, fill))
-        self.constants: list[tuple[int, list[int]]] = []
+            fills = self._fill(operation.call), self._fill(operation.out_call)
+            if fills != (None, None):
+                self._operations.append((index, *fills))
+        self._constants: list[tuple[int, int]] = []
         for place, value in base.constants.items():
             if _whole_numbers(value) is not None:
                 own = self._take(value.numel())
-                if own and max(own) >= first_varying:
-                    self.constants.append((place, own))
+                if max(own, default=-1) >= first_varying:
+                    self._constants.append((place, self._sequence(list, own)))
         if self._next != len(slots):
             raise AssertionError(f"{len(slots)} numbers were collected, {self._next} have a place")
 
@@ -208,58 +214,68 @@ class _Template:
         self._next += count
         return list(self._slots[self._next - count : self._next])
 
+    def _sequence(self, kind: type, slots: Sequence[int]) -> int:
+        return self._sequences.setdefault((kind, tuple(slots)), self._count + len(self._sequences))
+
     def _fill(self, value: Any) -> Fill | None:
-        """What builds the value, None where it never changes."""
+        """What builds a value, None where it never changes."""
         if isinstance(value, int) and not isinstance(value, bool):
             (slot,) = self._take(1)
-            return None if slot < self._first else lambda numbers: numbers[slot]
+            return slot if slot >= self._first else None
         if isinstance(value, Call):
-            parts = self._fill((value.args, value.kwargs))
-            call = value
-            return parts and (lambda numbers: Call(call.overload, *parts(numbers), call.results, call.preload))
+            return _made_of(
+                self._fill((value.args, value.kwargs)),
+                lambda parts: Call(value.overload, *parts, value.results, value.preload),
+            )
         if isinstance(value, Blank):
-            parts, dtype = self._fill((value.sizes, value.strides)), value.dtype
-            return parts and (lambda numbers: Blank(*parts(numbers), dtype))
+            return _made_of(self._fill((value.sizes, value.strides)), lambda parts: Blank(*parts, value.dtype))
         if isinstance(value, dict):
-            names, inner = tuple(value), self._fill(tuple(value.values()))
-            return inner and (lambda numbers: dict(zip(names, inner(numbers), strict=True)))
+            return _made_of(self._fill(tuple(value.values())), lambda parts: dict(zip(value, parts, strict=True)))
         if not isinstance(value, (tuple, list)):
             return None
         begin, kind = self._next, type(value)
-        made = [self._fill(one) for one in value]
-        if not any(made):
+        fills = [(position, fill) for position, one in enumerate(value) if (fill := self._fill(one)) is not None]
+        if not fills:
             return None
-        if value and all(isinstance(one, int) and not isinstance(one, bool) for one in value):
-            return _sequence_of(self._slots[begin : self._next], kind)
-        varying = [(position, one) for position, one in enumerate(made) if one is not None]
+        if all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+            return self._sequence(kind, self._slots[begin : self._next])
+        ready = [(position, fill) for position, fill in fills if isinstance(fill, int)]
+        nested = [(position, fill) for position, fill in fills if not isinstance(fill, int)]
         fixed = list(value)
 
-        def fill(numbers: list[int]) -> Any:
+        def build(values: list[Any]) -> Any:
             filled = fixed.copy()
-            for position, one in varying:
-                filled[position] = one(numbers)
+            for position, place in ready:
+                filled[position] = values[place]
+            for position, inner in nested:
+                filled[position] = inner(values)
             return filled if kind is list else kind(filled)
 
-        return fill
+        return build
 
     def fill(self, base: CapturedStep, numbers: list[int]) -> CapturedStep:
-        storages: list[CapturedStorage] = list(base.storages)
-        for index, slot in self.storages:
-            storages[index] = replace(storages[index], size_bytes=numbers[slot])
-        tensors: list[CapturedTensor] = list(base.tensors)
-        for index, offset, sizes, strides in self.tensors:
-            old = tensors[index]
-            tensors[index] = CapturedTensor(
-                old.name, old.storage, numbers[offset], sizes(numbers), strides(numbers), old.dtype
+        """The step whose numbers these are."""
+        values: list[Any] = numbers
+        for kind, slots in self._sequences:
+            values.append(kind([values[slot] for slot in slots]))
+        storages, tensors, operations = list(base.storages), list(base.tensors), list(base.operations)
+        for index, slot in self._storages:
+            storages[index] = _changed(storages[index], size_bytes=values[slot])
+        for index, offset, sizes, strides in self._tensors:
+            tensors[index] = _changed(
+                tensors[index], offset_bytes=values[offset], sizes=values[sizes], strides_bytes=values[strides]
             )
-        operations: list[CapturedOperation] = list(base.operations)
-        for index, fill in self.operations:
-            call, out_call = fill(numbers)
-            operations[index] = replace(operations[index], call=call, out_call=out_call)
+        for index, call, out_call in self._operations:
+            old = operations[index]
+            operations[index] = _changed(
+                old,
+                call=old.call if call is None else _build(call, values),
+                out_call=old.out_call if out_call is None else _build(out_call, values),
+            )
         constants = dict(base.constants)
-        for place, slots in self.constants:
+        for place, sequence in self._constants:
             value = constants[place]
-            constants[place] = torch.tensor([numbers[slot] for slot in slots], dtype=value.dtype).reshape(value.shape)
+            constants[place] = torch.tensor(values[sequence], dtype=value.dtype).reshape(value.shape)
         return replace(
             base,
             storages=tuple(storages),
@@ -269,13 +285,19 @@ class _Template:
         )
 
 
-def _tuple_of(slots: Sequence[int]) -> Fill:
-    return _sequence_of(slots, tuple)
+def _build(fill: Fill, values: list[Any]) -> Any:
+    return values[fill] if isinstance(fill, int) else fill(values)
 
 
-def _sequence_of(slots: Sequence[int], kind: type) -> Fill:
-    slots = tuple(slots)
-    return lambda numbers: kind([numbers[slot] for slot in slots])
+def _made_of(inner: Fill | None, make: Callable[[Any], Any]) -> Fill | None:
+    return None if inner is None else lambda values: make(_build(inner, values))
+
+
+def _changed(value: Part, **changes: Any) -> Part:
+    """`dataclasses.replace`, several times as fast: it runs for most operations and tensors in every draw."""
+    made: Part = object.__new__(type(value))
+    made.__dict__.update(value.__dict__, **changes)
+    return made
 
 
 # --- fitting ------------------------------------------------------------------------------------------------------
@@ -340,7 +362,7 @@ def fit(
     slots[varies] = positions.reshape(-1) + len(constants)
     terms = {"f0": unique[:, 0], "g": unique[:, 1], "h": unique[:, 2], "q": unique[:, 3]}
     terms |= {"a": unique[:, 4 : 4 + rows], "b": unique[:, 4 + rows :]}
-    template = _Template(base, slots.tolist(), len(constants))
+    template = _Template(base, slots.tolist(), len(constants) + len(unique), len(constants))
     family = Family(base, origin, rows, terms, constants, template)
     checked += ((draw, _alike(first, capture(draw), draw)) for draw in held_out)
     for draw, wanted in checked:
