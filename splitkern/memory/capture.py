@@ -384,7 +384,7 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
         split = split_forward_of(module)
-        if split is not None and split.is_drawing and split.given is None:
+        if split is not None and split.is_drawing and split.chosen is None:
             raise CaptureError(
                 f'{_where(path, module)} is split with boundary="stochastic", whose boundaries change every step; '
                 'capture it with boundary="zero" or "halo"'

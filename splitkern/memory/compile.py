@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from splitkern import _core
 from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.cost_model import CostModel, cost_model
+from splitkern.memory.draws import SAMPLED_DRAWS, DrawnSteps, capture_family, decide, drawing_split_of
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from splitkern.memory.profile import DurationCache, measure_link, measure_step
 from splitkern.memory.report import bytes_text, parse_bytes
@@ -66,11 +67,14 @@ class CompiledPlan:
         graph: of the step.
         plan: of the graph.
         reserve_bytes: most that an operation without an ``.out`` form allocates beside the arena, by the plan.
+        arena_bytes: of the device arena; more than the plan needs where patch boundaries are drawn afresh in every
+            step: then graph and plan are those of the even boundaries.
     """
 
     graph: _core.Graph
     plan: _core.Plan
     reserve_bytes: int
+    arena_bytes: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPlan:
         return self  # nothing in it ever changes
@@ -78,8 +82,7 @@ class CompiledPlan:
     @property
     def peak_bytes(self) -> int:
         """Device bytes of a step: arena, parameters, buffers, inputs, gradients of parameters, and the reserve."""
-        predicted = self.plan.predicted
-        return predicted.device_peak_bytes + predicted.parameters_peak_bytes + self.reserve_bytes
+        return self.arena_bytes + self.plan.predicted.parameters_peak_bytes + self.reserve_bytes
 
     @property
     def predicted_step_ms(self) -> float:
@@ -108,6 +111,8 @@ class CompiledForward:
 
     Attributes:
         replans: how often a forward pass came with shapes or settings that no plan was there for.
+        redraws: how often stochastic boundaries were drawn again because those drawn did not fit the budget; until the
+            first of them the boundaries are those of the model that is not compiled.
     """
 
     def __init__(self, model: nn.Module, options: CompileOptions) -> None:
@@ -116,6 +121,7 @@ class CompiledForward:
         # What the instance had before, such as the forward of a split; None: the class's own.
         self.inner: Callable[..., Any] | None = model.__dict__.get("forward")
         self.replans = 0
+        self._redraws = 0  # under earlier plans
         self._steps: dict[Any, _PlannedStep] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +129,11 @@ class CompiledForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.replans, self._steps = 0, {}
+        self.replans, self._redraws, self._steps = 0, 0, {}
+
+    @property
+    def redraws(self) -> int:
+        return self._redraws + sum(step.redraws for step in self._steps.values())
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computed before it was compiled."""
@@ -151,7 +161,7 @@ class CompiledForward:
     def prepare(self, args: tuple[Any, ...]) -> _PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""
         # Of all plans one is kept, and it goes before the next one comes: arenas are as large as the budget.
-        self._steps = {}
+        self._redraws, self._steps = self.redraws, {}
         planned = _PlannedStep(self, args)
         self._steps = {self._key(args): planned}
         self.model.__dict__["plan"] = planned.plan
@@ -219,20 +229,52 @@ class _PlannedStep:
 
     def __init__(self, forward: CompiledForward, args: tuple[Any, ...]) -> None:
         model, options = forward.model, forward.options
+        family = None
         with _as_before(forward):
-            step = capture(model, args, given_gradients=True)
-        step, limits = _on_machine(step, options)
+            split = drawing_split_of(model)
+            if split is None:
+                step = capture(model, args, given_gradients=True)
+            else:
+                family, drawing = capture_family(split, lambda: capture(model, args, given_gradients=True))
+                step = family.base
+        step, rates = _on_machine(step, options)
         graph = _core.Graph.from_json(step.graph_json())
-        reserve_bytes = reserve_of(step)
-        plan = _plan(graph, limits, options, reserve_bytes)
-        self.executor = StepExecutor(step, graph, plan, options.execution)
-        self.plan = CompiledPlan(graph, plan, reserve_bytes)
+        self.draws: DrawnSteps | None = None
+        if family is None:
+            reserve_bytes = reserve_of(step)
+            plan = _plan(graph, rates, options, reserve_bytes)
+            self.executor = StepExecutor(step, graph, plan, options.execution)
+        else:
+            family = family.with_base(step)
+            reserve_bytes = reserve_of(family.step(family.largest(drawing.ranges)))
+            samples = [
+                _core.with_sizes(graph, family.graph_numbers(family.numbers(draw)))
+                for draw in drawing.samples(SAMPLED_DRAWS)
+            ]
+            plan = _plan(graph, rates, options, reserve_bytes, samples)
+            self.draws = DrawnSteps(drawing, family, graph, plan, options.execution)
+            self.executor = self.draws.even
+        self.plan = CompiledPlan(graph, plan, reserve_bytes, self.executor.arenas.device.numel())
         self._structure = step.structure
         self.parameter_names = [name for name, p in model.named_parameters() if p.requires_grad]
         leaves, _ = tree_flatten(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.input_names = [f"input.{i}" if t.requires_grad else None for i, t in enumerate(tensors)]
         self.differentiable = step.differentiable
+
+    @property
+    def redraws(self) -> int:
+        """Of boundaries that did not fit."""
+        return 0 if self.draws is None else self.draws.redraws
+
+    def next_executor(self) -> StepExecutor:
+        """Of the step that begins; where it is another one than the last step's, that one is given up."""
+        if self.draws is not None:
+            executor = self.draws.take()
+            if executor is not self.executor:
+                self.executor.abort()
+                self.executor = executor
+        return self.executor
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
         leaves, _ = tree_flatten(args)
@@ -281,7 +323,13 @@ def _on_machine(step: CapturedStep, options: CompileOptions) -> tuple[CapturedSt
     return step, rates
 
 
-def _plan(graph: _core.Graph, rates: dict[str, float], options: CompileOptions, reserve_bytes: int) -> _core.Plan:
+def _plan(
+    graph: _core.Graph,
+    rates: dict[str, float],
+    options: CompileOptions,
+    reserve_bytes: int,
+    samples: Sequence[_core.Graph] = (),
+) -> _core.Plan:
     if options.budget is None:
         return _core.plan(graph, _core.Limits(), strategy="none")
     beside = reserve_bytes + options.optimizer_bytes
@@ -293,7 +341,7 @@ def _plan(graph: _core.Graph, rates: dict[str, float], options: CompileOptions, 
         copy_latency_us=rates.get("copy_latency_us", 0.0),
     )
     try:
-        return _core.plan(graph, limits, strategy=options.strategy)
+        return decide(graph, samples, limits, options.strategy)
     except _core.Infeasible as error:
         if error.pool != "device":
             raise BudgetError(
@@ -321,9 +369,12 @@ class _RunStep(torch.autograd.Function):
         values = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
-        outputs = planned.executor.forward(values, tensors[:count])
+        executor = planned.next_executor()
+        outputs = executor.forward(values, tensors[:count])
+        if planned.draws is not None:
+            planned.draws.look_ahead()
         ctx.planned, ctx.count = planned, count
-        ctx.number = planned.executor.number
+        ctx.executor, ctx.number = executor, executor.number
         ctx.set_materialize_grads(True)
         ctx.mark_non_differentiable(*(out for i, out in enumerate(outputs) if i not in planned.differentiable))
         return tuple(outputs)
@@ -332,13 +383,14 @@ class _RunStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         planned: _PlannedStep = ctx.planned
-        if ctx.number != planned.executor.number or not planned.executor.is_between:
+        executor: StepExecutor = ctx.executor
+        if ctx.number != executor.number or not executor.is_between:
             raise RuntimeError(
                 "the activations of this forward pass are gone: a compiled model keeps those of its last forward pass, "
                 "for one backward pass (no retain_graph, no second forward pass in between; uncompile_ allows both)"
             )
         given = [grads[i] for i in planned.differentiable]
-        found = planned.executor.backward(given)
+        found = executor.backward(given)
         of_inputs = [None if name is None else found.get(name) for name in planned.input_names]
         of_parameters = [found.get(name) for name in planned.parameter_names]
         return (None, None, None, *of_inputs, *of_parameters)

@@ -65,7 +65,9 @@ class Family:
         return np.concatenate((self._constants, varying))
 
     def largest(self, ranges: Sequence[tuple[int, int]]) -> Integers:
-        """No number of any draw within these closed ranges of boundaries is larger: each for itself, not all at once."""
+        """Bounds: no number of any draw within these closed ranges of boundaries is larger."""
+        if not ranges:
+            return self.numbers(self.origin)
         low, high = (np.asarray(one, dtype=np.int64) - np.asarray(self.origin) for one in zip(*ranges, strict=True))
         terms = self._terms
         corners = []
@@ -75,6 +77,10 @@ class Family:
             for right in rights:
                 corners.append(terms["f0"] + terms["g"] * down + terms["h"] * right + terms["q"] * down * right)
         return np.concatenate((self._constants, np.max(corners, axis=0)))
+
+    def with_base(self, base: CapturedStep) -> Family:
+        """The same family with other durations and workspaces in its base."""
+        return replace(self, base=base)
 
     def graph_numbers(self, numbers: Integers) -> Integers:
         """Of :meth:`numbers` those that `splitkern._core.with_sizes` takes."""
@@ -94,7 +100,9 @@ class Family:
 def _extremes(vectors: Integers, low: Integers, high: Integers) -> tuple[Integers, Integers]:
     """Least and largest of every row's product with anything between two vectors."""
     positive, negative = np.maximum(vectors, 0), np.minimum(vectors, 0)
-    return positive @ low + negative @ high, positive @ high + negative @ low
+    least: Integers = positive @ low + negative @ high
+    most: Integers = positive @ high + negative @ low
+    return least, most
 
 
 # --- a step as numbers --------------------------------------------------------------------------------------------
@@ -225,10 +233,10 @@ class _Template:
         if isinstance(value, Call):
             return _made_of(
                 self._fill((value.args, value.kwargs)),
-                lambda parts: Call(value.overload, *parts, value.results, value.preload),
+                lambda parts: Call(value.overload, parts[0], parts[1], value.results, value.preload),
             )
         if isinstance(value, Blank):
-            return _made_of(self._fill((value.sizes, value.strides)), lambda parts: Blank(*parts, value.dtype))
+            return _made_of(self._fill((value.sizes, value.strides)), lambda parts: Blank(parts[0], parts[1], value.dtype))
         if isinstance(value, dict):
             return _made_of(self._fill(tuple(value.values())), lambda parts: dict(zip(value, parts, strict=True)))
         if not isinstance(value, (tuple, list)):
@@ -397,4 +405,3 @@ def numbers_of(step: CapturedStep) -> tuple[list[int], list[Any]]:
     """Every integer of a step in a fixed order, and all else that two draws of it have in common."""
     found = _Numbers(step)
     return found.values, found.shape
-

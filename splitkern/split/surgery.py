@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -43,8 +43,8 @@ class SplitForward:
         self.options = options
         self.constants = constants
         self.enabled = True
-        #: A layout to use instead of drawing one, while a step is captured: see :meth:`at`.
-        self.given: Layout | None = None
+        #: Gives the layout instead of a draw, while a step is captured: see :meth:`choosing`.
+        self.chosen: Callable[[Program, tuple[int, int]], Layout] | None = None
         self._programs: dict[bool, Program] = {}
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
 
@@ -58,7 +58,7 @@ class SplitForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._programs, self._layouts, self.given = {}, OrderedDict(), None
+        self._programs, self._layouts, self.chosen = {}, OrderedDict(), None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, options = self.model, self.options
@@ -113,7 +113,7 @@ class SplitForward:
         """The cut for an input size; drawn afresh for stochastic boundaries in training."""
         key = (id(program), extents)
         if self.is_drawing:
-            return self.draw(program, extents) if self.given is None else self.given
+            return self.draw(program, extents) if self.chosen is None else self.chosen(program, extents)
         if key not in self._layouts:
             self._layouts[key] = make_layout(program, extents, self.options)
         self._layouts.move_to_end(key)
@@ -148,13 +148,13 @@ class SplitForward:
         )
 
     @contextmanager
-    def at(self, layout: Layout) -> Iterator[None]:
-        """Inside the block forward passes use this layout instead of drawing one."""
-        self.given = layout
+    def choosing(self, choose: Callable[[Program, tuple[int, int]], Layout]) -> Iterator[None]:
+        """Inside the block nothing is drawn: `choose` gives the layout for a program and an input size."""
+        self.chosen = choose
         try:
             yield
         finally:
-            self.given = None
+            self.chosen = None
 
 
 def first_batch_norm(program: Program) -> str | None:
