@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from splitkern import _core, geometry
 from splitkern.geometry import Span
-from splitkern.memory.capture import CaptureError, CapturedStep
+from splitkern.memory.capture import CapturedStep, CaptureError
 from splitkern.memory.executor import Arenas, ExecutorOptions, StepExecutor
 from splitkern.memory.family import Draw, DrawError, Family, fit
 from splitkern.split.layout import Layout
 from splitkern.split.surgery import SplitForward, make_layout, split_forward_of
 from splitkern.split.trace import Program
 
-__all__ = ["DrawnSteps", "Drawing", "capture_family", "decide", "drawing_split_of"]
+__all__ = ["Drawing", "DrawnSteps", "capture_family", "decide", "drawing_split_of"]
 
 #: Draws, beside the even boundaries, at which a plan's decisions must fit the budget.
 SAMPLED_DRAWS = 32
@@ -35,6 +35,8 @@ TRIES = 100
 #: Steps that are kept ready: boundaries of few values come again soon.
 _KEPT = 4
 _ROUNDS = 4
+#: Work on the addresses of a draw, where simple rules do not fit them in: as of `splitkern._core.place_again`.
+_EFFORT = 10_000
 
 
 def drawing_split_of(model: nn.Module) -> SplitForward | None:
@@ -258,12 +260,13 @@ def decide(graph: _core.Graph, samples: Sequence[_core.Graph], limits: _core.Lim
     """
     if not samples:
         return _core.plan(graph, limits, strategy=strategy)
-    tried = limits
+    tried, smallest = limits, None
     for _ in range(_ROUNDS):
         try:
             plan = _core.plan(graph, tried, strategy=strategy)
         except _core.Infeasible as error:
             if error.pool == "device":
+                smallest = error.smallest_feasible_bytes
                 break
             spared = _unlimited(limits.host_bytes) - _unlimited(tried.host_bytes)
             raise _refusal(strategy, error.pool, limits.host_bytes, error.smallest_feasible_bytes + spared) from error
@@ -279,18 +282,22 @@ def decide(graph: _core.Graph, samples: Sequence[_core.Graph], limits: _core.Lim
             None if tried.host_bytes is None else max(0, min(tried.host_bytes, predicted.host_peak_bytes) - over[1]),
         )
     # What needs the least for itself is taken to need the least at other sizes.
-    try:
-        plan = _core.plan(graph, _with_budgets(tried, 0, tried.host_bytes), strategy=strategy)
-    except _core.Infeasible as error:
-        if error.pool != "device":
-            raise
-        least = _with_budgets(tried, error.smallest_feasible_bytes, tried.host_bytes)
-        plan = _core.plan(graph, least, strategy=strategy)
+    if smallest is None:
+        smallest = _smallest(graph, tried, strategy)
+    plan = _core.plan(graph, _with_budgets(tried, smallest, tried.host_bytes), strategy=strategy)
     device, host = _needs(plan, samples, limits)
     for pool, budget, needed in (("device", limits.device_bytes, device), ("host", limits.host_bytes, host)):
         if budget is not None and needed > budget:
             raise _refusal(strategy, pool, budget, needed)
     return _core.place_again(graph, plan, limits)
+
+
+def _smallest(graph: _core.Graph, limits: _core.Limits, strategy: str) -> int:
+    try:
+        _core.plan(graph, _with_budgets(limits, 0, limits.host_bytes), strategy=strategy)
+    except _core.Infeasible as error:
+        return error.smallest_feasible_bytes
+    return 0
 
 
 def _refusal(strategy: str, pool: str, budget_bytes: int | None, needed_bytes: int) -> _core.Infeasible:
@@ -323,7 +330,7 @@ def _needs(plan: _core.Plan, samples: Sequence[_core.Graph], limits: _core.Limit
 
 def _placed(graph: _core.Graph, plan: _core.Plan, limits: _core.Limits) -> _core.Plan | _core.Infeasible:
     try:
-        return _core.place_again(graph, plan, limits)
+        return _core.place_again(graph, plan, limits, placement_effort=_EFFORT)
     except _core.Infeasible as error:
         return error
 

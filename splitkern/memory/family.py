@@ -99,7 +99,9 @@ class Family:
 
 def _extremes(vectors: Integers, low: Integers, high: Integers) -> tuple[Integers, Integers]:
     """Least and largest of every row's product with anything between two vectors."""
-    positive, negative = np.maximum(vectors, 0), np.minimum(vectors, 0)
+    zero = np.int64(0)
+    positive: Integers = np.maximum(vectors, zero)
+    negative: Integers = np.minimum(vectors, zero)
     least: Integers = positive @ low + negative @ high
     most: Integers = positive @ high + negative @ low
     return least, most
@@ -236,7 +238,8 @@ class _Template:
                 lambda parts: Call(value.overload, parts[0], parts[1], value.results, value.preload),
             )
         if isinstance(value, Blank):
-            return _made_of(self._fill((value.sizes, value.strides)), lambda parts: Blank(parts[0], parts[1], value.dtype))
+            shape = self._fill((value.sizes, value.strides))
+            return _made_of(shape, lambda parts: Blank(parts[0], parts[1], value.dtype))
         if isinstance(value, dict):
             return _made_of(self._fill(tuple(value.values())), lambda parts: dict(zip(value, parts, strict=True)))
         if not isinstance(value, (tuple, list)):
