@@ -418,9 +418,10 @@ def compile(
     backward pass; everything else (evaluation, ``no_grad``) runs as before. Gradients are those of the same kernels
     without a budget, to the bit. Inputs of other shapes or types, or changed training flags, are planned anew.
 
-    Of a model split with ``boundary="stochastic"`` one plan serves all draws: decided once, with new sizes and addresses
-    in every step. A draw that does not fit the budget is drawn again, and counted in ``model.forward.redraws``; until
-    the first of them a seed gives the boundaries that it gives without `compile`. Several captures are needed.
+    Of a model split with ``boundary="stochastic"`` one plan serves all draws: decided once, with new sizes and
+    addresses in every step. A draw that does not fit the budget is drawn again, and counted in
+    ``model.forward.redraws``; until the first of them a seed gives the boundaries that it gives without `compile`.
+    Several captures are needed.
 
     The budget covers the arena, the reserve for operations that allocate, parameters, buffers, their gradients, inputs,
     and what `optimizer_bytes` says; on a GPU the CUDA context comes on top.

@@ -31,7 +31,7 @@ __all__ = ["Drawing", "DrawnSteps", "capture_family", "decide", "drawing_split_o
 #: Draws, beside the even boundaries, at which a plan's decisions must fit the budget.
 SAMPLED_DRAWS = 32
 #: Draws of one forward pass that do not fit before it is given up.
-TRIES = 100
+TRIES = 32
 #: Steps that are kept ready: boundaries of few values come again soon.
 _KEPT = 4
 _ROUNDS = 4

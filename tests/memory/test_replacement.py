@@ -21,7 +21,9 @@ def numbers_of(graph: _core.Graph) -> list[int]:
 def scaled(graph: _core.Graph, factor: float) -> _core.Graph:
     """Activations of other sizes."""
     sizes = [
-        int(factor * one.size_bytes) if one.kind == _core.StorageKind.ACTIVATION and not one.is_output else one.size_bytes
+        int(factor * one.size_bytes)
+        if one.kind == _core.StorageKind.ACTIVATION and not one.is_output
+        else one.size_bytes
         for one in graph.storages
     ]
     numbers = np.array([*sizes, *(n for tensor in graph.tensors for n in (0, sizes[tensor.storage], 1))])

@@ -5,6 +5,7 @@ compiled.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -25,7 +26,7 @@ from splitkern.memory import draws as drawn
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.compile import BudgetError, CompiledForward, compile, compiled_forward_of, uncompile_
 from splitkern.memory.draws import Drawing, DrawnSteps, capture_family
-from splitkern.memory.executor import ExecutorOptions
+from splitkern.memory.executor import Arenas, ExecutorOptions
 from splitkern.memory.family import Draw, DrawError, Family, fit, numbers_of
 from splitkern.split.surgery import SplitForward, split_forward_of
 
@@ -79,24 +80,19 @@ def split_of(model: nn.Module) -> SplitForward:
     return split
 
 
-@pytest.fixture(scope="module")
-def families() -> dict[str, Family]:
+@functools.cache
+def family_of(name: str) -> Family:
     """Captured once for all tests of this file: a family holds nothing of its model."""
-
-    def make(model: nn.Module) -> Family:
-        return capture_family(split_of(model), lambda: capture(model, IMAGES, given_gradients=True))[0]
-
-    return {name: make(network()) for name, network in NETWORKS.items()}
+    model = NETWORKS[name]()
+    return capture_family(split_of(model), lambda: capture(model, IMAGES, given_gradients=True))[0]
 
 
 @pytest.fixture
-def network(
-    request: pytest.FixtureRequest, families: dict[str, Family], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[nn.Module]:
+def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
     """A split model which `compile` need not capture."""
 
     def ready(split: SplitForward, _: Callable[[], CapturedStep]) -> tuple[Family, Drawing]:
-        return families[request.param], Drawing.of(split, split.program(True), (24, 24))
+        return family_of(request.param), Drawing.of(split, split.program(True), (24, 24))
 
     monkeypatch.setattr(compiling, "capture_family", ready)
     yield NETWORKS[request.param]()
@@ -127,10 +123,16 @@ def differences(one: Any, other: Any) -> list[str]:
     return losses + [name for name, value in one[1].items() if not torch.equal(value, other[1][name])]
 
 
+_SMALLEST: dict[tuple[str, ...], int] = {}
+
+
 def smallest_budget(model: nn.Module) -> int:
-    with pytest.raises(BudgetError) as caught:
-        compile(copy.deepcopy(model), IMAGES, budget=1, costs="paper", link_gbps=1)
-    return caught.value.smallest_bytes
+    name = tuple(model.state_dict())
+    if name not in _SMALLEST:
+        with pytest.raises(BudgetError) as caught:
+            compile(copy.deepcopy(model), IMAGES, budget=1, costs="paper", link_gbps=1)
+        _SMALLEST[name] = caught.value.smallest_bytes
+    return _SMALLEST[name]
 
 
 def compiled(model: nn.Module, share: float | None = None, **options: Any) -> CompiledForward:
@@ -180,8 +182,8 @@ def require_fresh_capture(model: nn.Module, family: Family, drawing: Drawing, dr
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_an_evaluated_draw_is_a_fresh_capture(name: str, families: dict[str, Family]) -> None:
-    model, family = NETWORKS[name](), families[name]
+def test_an_evaluated_draw_is_a_fresh_capture(name: str) -> None:
+    model, family = NETWORKS[name](), family_of(name)
     drawing = Drawing.of(split_of(model), split_of(model).program(True), (24, 24))
     draw = next(draw for draw in drawing.samples(20, seed=9) if draw[0] != family.origin[0])
     require_fresh_capture(model, family, drawing, draw)
@@ -191,15 +193,15 @@ def test_an_evaluated_draw_is_a_fresh_capture(name: str, families: dict[str, Fam
     assert numbers_of(family.step(family.numbers(family.origin)))[0] == numbers_of(family.base)[0]
 
 
-def test_all_patches_of_a_layer_in_one_call(families: dict[str, Family]) -> None:
+def test_all_patches_of_a_layer_in_one_call() -> None:
     model = resnet(order="layer")
     family, drawing = capture_family(split_of(model), lambda: capture(model, IMAGES, given_gradients=True))
     require_fresh_capture(model, family, drawing, drawing.extreme(False, True))
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_no_number_of_any_draw_is_larger(name: str, families: dict[str, Family]) -> None:
-    family, split = families[name], split_of(NETWORKS[name]())
+def test_no_number_of_any_draw_is_larger(name: str) -> None:
+    family, split = family_of(name), split_of(NETWORKS[name]())
     drawing = Drawing.of(split, split.program(True), (24, 24))
     bounds = family.largest(drawing.ranges)
     draws = [drawing.extreme(*odd) for odd in ((False, False), (False, True), (True, False), (True, True))]
@@ -208,8 +210,8 @@ def test_no_number_of_any_draw_is_larger(name: str, families: dict[str, Family])
     assert (max(one.sum() for one in numbers) < bounds.sum()) and (bounds > family.numbers(family.origin)).any()
 
 
-def test_a_step_that_is_no_such_function_is_refused(families: dict[str, Family]) -> None:
-    family, split = families["vgg"], split_of(vgg())
+def test_a_step_that_is_no_such_function_is_refused() -> None:
+    family, split = family_of("vgg"), split_of(vgg())
     drawing = Drawing.of(split, split.program(True), (24, 24))
 
     def fitted(change: Callable[[CapturedStep, Draw], CapturedStep]) -> Family:
@@ -259,33 +261,42 @@ def test_training_is_that_of_the_split_model_to_the_bit(network: nn.Module, shar
 
 
 @either
-def test_a_stale_address_is_seen(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of the previous draw's places: the check by which the others would notice."""
+def test_stale_addresses_are_seen(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug that a planned draw invites: places of the draw before, at the sizes of this one."""
     expected = train(copy.deepcopy(network))
-    forward = compiled(network, 0.5)
-    steps, original, last = steps_of(forward), _core.place_again, []
+    steps = steps_of(compiled(network))
+    # Room for what is larger at an old address.
+    steps.arenas = Arenas.allocate(2 * steps.arenas.device.numel(), 0, torch.device("cpu"))
+    original, before = _core.place_again, [network.plan.plan.residencies]
 
     def stale(graph: _core.Graph, plan: _core.Plan, limits: _core.Limits, **options: Any) -> _core.Plan:
-        last.append(original(graph, plan, limits, **options))
-        return last[max(0, len(last) - 2)]
+        made = original(graph, plan, limits, **options)
+        names = ("graph_fingerprint", "strategy", "limits", "storages", "fused", "instances", "boundaries", "copies")
+        residencies = [
+            _core.Residency(
+                storage=one.storage, pool=one.pool, offset_bytes=other.offset_bytes, size_bytes=one.size_bytes,
+                begin=one.begin, end=one.end,
+            )
+            for one, other in zip(made.residencies, before[-1], strict=True)
+        ]  # fmt: skip
+        before.append(made.residencies)
+        fields = {name: getattr(made, name) for name in names}
+        return _core.Plan(**fields, residencies=residencies, predicted=made.predicted)
 
     monkeypatch.setattr(_core, "place_again", stale)
-    monkeypatch.setattr(_core, "validate", lambda graph, plan: None)
     steps._ready.clear()
-    found = None
-    try:
-        found = train(network)
-    except (RuntimeError, ValueError):
-        return  # a place outside the arena
-    assert differences(found, expected)
+    with pytest.raises(_core.InvalidPlan):
+        train(network)
+    monkeypatch.setattr(_core, "validate", lambda graph, plan: None)
+    fresh = NETWORKS["resnet"]()
+    network.load_state_dict(fresh.state_dict())
+    assert differences(train(network), expected)
 
 
 @either
 def test_draws_that_do_not_fit_are_drawn_again_and_counted(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = compiled(network, 0.5)
     steps = steps_of(forward)
-    tight = steps._limits.device_bytes
-    assert tight is not None
     # Places for the even boundaries and smaller ones alone.
     steps._limits = drawn._with_budgets(steps._limits, model_peak(network), None)
     steps._ready.clear()
@@ -295,7 +306,7 @@ def test_draws_that_do_not_fit_are_drawn_again_and_counted(network: nn.Module, m
         assert executor is None or executor.plan.predicted.device_peak_bytes <= steps.arenas.device.numel()
     steps._limits = drawn._with_budgets(steps._limits, 0, None)
     steps._ready.clear()
-    with pytest.raises(DrawError, match="none of 100 draws"):
+    with pytest.raises(DrawError, match="none of 32 draws"):
         train(network)
 
 
@@ -417,15 +428,26 @@ def test_copies_and_dropped_models_leave_nothing_behind(network: nn.Module) -> N
 
 @either
 def test_a_forked_process_makes_its_own_thread(network: nn.Module) -> None:
-    compiled(network)
-    expected = train(network, steps=2)[0]
+    steps = steps_of(compiled(network))
+    torch.manual_seed(2)
+    network(IMAGES)
+    parent = steps._pool
+    gc.collect()  # what a forked process must not: models of other tests whose threads it does not have
+    gc.disable()
     child = os.fork()
     if child == 0:
-        try:
-            os._exit(0 if all(map(torch.equal, train(network, steps=2)[0], expected)) else 3)
+        try:  # forward passes alone: PyTorch refuses backward passes in a fork
+            outputs = [network(IMAGES) for _ in range(3)]
+            assert all(map(torch.isfinite, (out.sum() for out in outputs)))
+            assert steps._pool is not parent and steps._pending is not None
+            steps._pending.result(timeout=60)
+            os._exit(0)
         finally:
             os._exit(4)
+    gc.enable()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    network(IMAGES)
+    assert steps._pool is parent
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
