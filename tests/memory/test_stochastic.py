@@ -290,7 +290,11 @@ def test_stale_addresses_are_seen(network: nn.Module, monkeypatch: pytest.Monkey
     monkeypatch.setattr(_core, "validate", lambda graph, plan: None)
     fresh = NETWORKS["resnet"]()
     network.load_state_dict(fresh.state_dict())
-    assert differences(train(network), expected)
+    try:
+        is_seen = bool(differences(train(network), expected))
+    except RuntimeError as error:  # PyTorch looks at what its own operators get
+        is_seen = "refer to a single memory location" in str(error)
+    assert is_seen
 
 
 @either
