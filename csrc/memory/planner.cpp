@@ -6,8 +6,8 @@
 
 #include "memory/errors.h"
 #include "memory/liveness.h"
+#include "memory/replacement.h"
 #include "memory/schedule.h"
-#include "memory/simulator.h"
 #include "memory/storage_assignment.h"
 #include "memory/strategies/strategy.h"
 
@@ -206,12 +206,7 @@ class Planner {
       plan.boundaries[added.issue].issues.push_back(index);
       plan.boundaries[added.wait].waits.push_back(index);
     }
-    place_pools(plan);
-    const Timeline timeline = simulate(graph_, plan);
-    plan.predicted.step_us = timeline.step_us;
-    plan.predicted.compute_us = timeline.compute_us;
-    plan.predicted.recompute_us = timeline.recompute_us;
-    plan.predicted.stall_us = timeline.stall_us;
+    place_residencies(graph_, plan, options_.placement_effort, false);
     return plan;
   }
 
@@ -255,29 +250,6 @@ class Planner {
             .wait = is_offload ? transfer.offload_wait : transfer.prefetch_wait,
             .after = {},
             .compressed = live_.compression[storage].has_value()};
-  }
-
-  void place_pools(Plan& plan) const {
-    for (const Pool pool : {Pool::kParameters, Pool::kDevice, Pool::kHost}) {
-      std::vector<Buffer> buffers;
-      std::vector<int32_t> residencies;
-      for (int32_t index = 0; index < static_cast<int32_t>(plan.residencies.size()); ++index) {
-        const Residency& residency = plan.residencies[index];
-        if (residency.pool != pool) continue;
-        buffers.push_back({residency.begin, residency.end, residency.size_bytes});
-        residencies.push_back(index);
-      }
-      const Placement placement =
-          place(buffers, {.alignment_bytes = limits_.alignment_bytes, .effort = options_.placement_effort});
-      for (size_t index = 0; index < residencies.size(); ++index)
-        plan.residencies[residencies[index]].offset_bytes = placement.offsets[index];
-      Predicted& predicted = plan.predicted;
-      (pool == Pool::kParameters ? predicted.parameters_peak_bytes
-       : pool == Pool::kDevice   ? predicted.device_peak_bytes
-                                 : predicted.host_peak_bytes) = placement.peak_bytes;
-      if (pool == Pool::kDevice) predicted.device_lower_bound_bytes = placement.lower_bound_bytes;
-      if (pool == Pool::kHost) predicted.host_lower_bound_bytes = placement.lower_bound_bytes;
-    }
   }
 
   const Graph& graph_;

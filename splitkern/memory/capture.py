@@ -383,12 +383,12 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
-    forward = split_forward_of(modules[""])
-    if forward is not None and forward.enabled and forward.options.boundary == "stochastic" and forward.model.training:
-        raise CaptureError(
-            'the model is split with boundary="stochastic", whose boundaries change every step; '
-            'capture it with boundary="zero" or "halo"'
-        )
+        split = split_forward_of(module)
+        if split is not None and split.is_drawing and split.chosen is None:
+            raise CaptureError(
+                f'{_where(path, module)} is split with boundary="stochastic", whose boundaries change every step; '
+                'capture it with boundary="zero" or "halo"'
+            )
 
 
 def _where(path: str, module: nn.Module) -> str:

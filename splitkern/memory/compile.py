@@ -41,6 +41,7 @@ class CompiledForward:
         # What the instance had before, such as the forward of a split; None: the class's own.
         self.inner: Callable[..., Any] | None = model.__dict__.get("forward")
         self.replans = 0
+        self._redraws = 0  # under earlier plans
         self._steps: dict[Any, PlannedStep] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,7 +49,13 @@ class CompiledForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.replans, self._steps = 0, {}
+        self.replans, self._redraws, self._steps = 0, 0, {}
+
+    @property
+    def redraws(self) -> int:
+        """How often stochastic boundaries were drawn again because those drawn did not fit the budget."""
+        drawn = (step.draws for step in self._steps.values())
+        return self._redraws + sum(one.redraws for one in drawn if one is not None)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computed before it was compiled."""
@@ -84,7 +91,7 @@ class CompiledForward:
     def prepare(self, args: tuple[Any, ...]) -> PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""
         # Of all plans one is kept, and it goes before the next one comes: arenas are as large as the budget.
-        self._steps = {}
+        self._redraws, self._steps = self.redraws, {}
         with _as_before(self):
             planned = PlannedStep(self.model, args, self.options)
         self._steps = {self._key(args): planned}
@@ -172,6 +179,10 @@ def compile(
     An ordinary training loop then runs as planned: the forward pass in training mode with gradients enabled, and its
     backward pass; everything else (evaluation, ``no_grad``) runs as before. Gradients are those of the same kernels
     without a budget, to the bit. Inputs of other shapes or types, or changed training flags, are planned anew.
+
+    Of a model split with ``boundary="stochastic"`` one plan serves all draws: decided once, with new sizes and
+    addresses in every step. A draw that does not fit the budget is drawn again, and counted in
+    ``model.forward.redraws``; until the first of them a seed gives the boundaries that it gives without `compile`.
 
     The budget covers the arena, the reserve for operations that allocate, parameters, buffers, their gradients, inputs,
     and what `optimizer_bytes` says; on a GPU the CUDA context comes on top.
