@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
-from splitkern.memory import compile as compiling
+from splitkern.memory import planned_step
 from splitkern.memory import draws as drawn
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.compile import BudgetError, CompiledForward, compile, compiled_forward_of, uncompile_
@@ -94,7 +94,7 @@ def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def ready(split: SplitForward, _: Callable[[], CapturedStep]) -> tuple[Family, Drawing]:
         return family_of(request.param), Drawing.of(split, split.program(True), (24, 24))
 
-    monkeypatch.setattr(compiling, "capture_family", ready)
+    monkeypatch.setattr(planned_step, "capture_family", ready)
     yield NETWORKS[request.param]()
 
 
@@ -266,7 +266,7 @@ def test_stale_addresses_are_seen(network: nn.Module, monkeypatch: pytest.Monkey
     expected = train(copy.deepcopy(network))
     steps = steps_of(compiled(network))
     # Room for what is larger at an old address.
-    steps.arenas = Arenas.allocate(2 * steps.arenas.device.numel(), 0, torch.device("cpu"))
+    steps.arenas = Arenas(2 * steps.arenas.device.numel(), 0, torch.device("cpu"))
     original, before = _core.place_again, [network.plan.plan.residencies]
 
     def stale(graph: _core.Graph, plan: _core.Plan, limits: _core.Limits, **options: Any) -> _core.Plan:
@@ -334,7 +334,7 @@ def test_no_draw_is_placed_beyond_the_budget(network: nn.Module) -> None:
         fitting += 1
         predicted = executor.plan.predicted
         assert predicted.device_peak_bytes <= steps.arenas.device.numel()
-        assert predicted.device_peak_bytes + predicted.parameters_peak_bytes + network.plan.reserve_bytes <= budget
+        assert network.plan.accounting.budget_for(predicted.device_peak_bytes) <= budget
         assert [one.operation for one in executor.plan.instances] == [
             one.operation for one in network.plan.plan.instances
         ]
@@ -386,6 +386,8 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_forward_pass(
         raise MemoryError("planted")
 
     train(network, steps=1)
+    assert steps._pending is not None
+    steps._pending.result()
     steps._pending = None
     steps._ready.clear()
     monkeypatch.setattr(steps, "_make", fails)
