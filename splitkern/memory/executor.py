@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -98,14 +99,14 @@ class Arenas:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A parameter as it was bound."""
+    """A parameter as it was bound. It is the caller's: it may go before the executor does."""
 
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     address: int
     strides: tuple[int, ...]
 
     def is_still(self, value: Tensor) -> bool:
-        return value is self.tensor and value.data_ptr() == self.address and value.stride() == self.strides
+        return value is self.tensor() and value.data_ptr() == self.address and value.stride() == self.strides
 
 
 class StepExecutor:
@@ -573,7 +574,7 @@ class StepExecutor:
             return
         # `detach` shares the version counter, by which a change in place is seen.
         self._bind(place, value.detach(), copies=False)
-        self._kept[storage] = _Kept(value, value.data_ptr(), value.stride())
+        self._kept[storage] = _Kept(weakref.ref(value), value.data_ptr(), value.stride())
         if self._graphs is not None:
             self._graphs.clear()
 
