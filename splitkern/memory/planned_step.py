@@ -119,9 +119,10 @@ class CompiledPlan:
         return {
             "peak_bytes": self.peak_bytes,
             "arena_bytes": self.arena_bytes,
-            "parameters_bytes": self.parameters_bytes,
             "reserve_bytes": self.reserve_bytes,
-            "beside_bytes": self.beside_bytes,
+            "given_bytes": self.accounting.given_bytes,
+            "gradient_bytes": self.accounting.gradient_bytes,
+            "beside_bytes": self.accounting.beside_bytes,
             "host_bytes": self.host_bytes,
             "predicted_step_ms": self.predicted_step_ms,
             "copies": len(self.plan.copies),

@@ -86,7 +86,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, batch: It
         for tensor in (*_tensors_of(model, optimizer), *batch)
     }
     plan = model.plan if compiled_forward_of(model) is not None else None
-    arenas_bytes = plan.arena_bytes * plan.in_flight if isinstance(plan, CompiledPlan) else 0
+    arenas_bytes = plan.arena_bytes * plan.accounting.in_flight if isinstance(plan, CompiledPlan) else 0
     return sum(storages.values()) + arenas_bytes
 
 
