@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
-from splitkern.memory import compile as compiling
 from splitkern.memory import draws as drawn
+from splitkern.memory import planned_step
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.compile import BudgetError, CompiledForward, compile, compiled_forward_of, uncompile_
 from splitkern.memory.draws import Drawing, DrawnSteps, capture_family
@@ -94,7 +94,7 @@ def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def ready(split: SplitForward, _: Callable[[], CapturedStep]) -> tuple[Family, Drawing]:
         return family_of(request.param), Drawing.of(split, split.program(True), (24, 24))
 
-    monkeypatch.setattr(compiling, "capture_family", ready)
+    monkeypatch.setattr(planned_step, "capture_family", ready)
     yield NETWORKS[request.param]()
 
 
@@ -266,7 +266,7 @@ def test_stale_addresses_are_seen(network: nn.Module, monkeypatch: pytest.Monkey
     expected = train(copy.deepcopy(network))
     steps = steps_of(compiled(network))
     # Room for what is larger at an old address.
-    steps.arenas = Arenas.allocate(2 * steps.arenas.device.numel(), 0, torch.device("cpu"))
+    steps.arenas = Arenas(2 * steps.arenas.device.numel(), 0, torch.device("cpu"))
     original, before = _core.place_again, [network.plan.plan.residencies]
 
     def stale(graph: _core.Graph, plan: _core.Plan, limits: _core.Limits, **options: Any) -> _core.Plan:
