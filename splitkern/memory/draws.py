@@ -365,6 +365,7 @@ class DrawnSteps:
         graph: of the family's base.
         plan: whose decisions all draws share, and whose limits none exceeds.
         options: of executors.
+        arena_bytes: largest device arena that the budget leaves room for; None: no limit.
 
     Attributes:
         redraws: draws that did not fit, and were drawn again.
@@ -377,6 +378,7 @@ class DrawnSteps:
         graph: _core.Graph,
         plan: _core.Plan,
         options: ExecutorOptions,
+        arena_bytes: int | None = None,
     ) -> None:
         self.redraws = 0
         self._drawing, self._family, self._graph, self._plan = drawing, family, graph, plan
@@ -386,7 +388,7 @@ class DrawnSteps:
         bound = _core.place_again(largest, plan, _with_budgets(limits, None, None)).predicted
         resident = plan.predicted.parameters_peak_bytes
         device_bytes = max(bound.device_peak_bytes, plan.predicted.device_peak_bytes)
-        device_bytes = min(device_bytes, _unlimited(limits.device_bytes) - resident)
+        device_bytes = min(device_bytes, _unlimited(arena_bytes))
         host_bytes = max(bound.host_peak_bytes, plan.predicted.host_peak_bytes)
         host_bytes = min(host_bytes, _unlimited(limits.host_bytes))
         self.arenas = Arenas(device_bytes, host_bytes, family.base.device)

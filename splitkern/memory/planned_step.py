@@ -179,7 +179,8 @@ class PlannedStep:
             numbers = [family.numbers(draw) for draw in drawing.samples(SAMPLED_DRAWS)]
             samples = [_core.with_sizes(graph, family.graph_numbers(one)) for one in numbers]
             plan, accounting = _plan(step, graph, workspaces, rates, options, samples)
-            self.draws = DrawnSteps(drawing, family, graph, plan, options.execution)
+            most = None if options.budget is None else accounting.arena_under(options.budget)
+            self.draws = DrawnSteps(drawing, family, graph, plan, options.execution, most)
             self.executors = [self.draws.even]
         else:
             plan, accounting = _plan(step, graph, workspaces, rates, options)

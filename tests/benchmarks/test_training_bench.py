@@ -30,7 +30,7 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs in (3, 8, 8, 8):
+        for inputs in (3, 8, 8, 8, 8, 8):
             layers += [nn.Conv2d(inputs, 8, 3, padding=1), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers, nn.MaxPool2d(4))
         self.classifier = nn.Linear(8 * (SIZE // 4) ** 2, 1000)
@@ -96,8 +96,8 @@ def test_methods_train_alike_and_peers_save_memory() -> None:
         for key, value in state.items():
             assert torch.allclose(value, states["plain"][key], rtol=1e-5, atol=1e-6), (name, key)
     plain = measured("plain", 64)
-    assert measured("checkpoint", 64) < 0.9 * plain
-    assert measured("splitkern", 64, plain * 9 // 10) < plain
+    assert measured("checkpoint", 64) < 0.8 * plain
+    assert measured("splitkern", 64, plain * 8 // 10) < 0.82 * plain
     assert measured("save_on_cpu", 64) == pytest.approx(plain, rel=0.01), "on the CPU it saves nothing, as its row says"
     assert "copies nothing" in KNOWN["save_on_cpu"].cpu_note
 
@@ -121,10 +121,10 @@ def test_largest_batch_is_the_last_that_fits(need: Callable[[int], int], first: 
     assert len({trial.batch for trial in trials}) == len(trials) <= 20
 
 
-def test_an_affine_need_takes_four_trials() -> None:
+def test_an_affine_need_takes_few_trials() -> None:
     found, trials = largest_batch(lambda n: Trial(n, 100 + 7 * n <= 9000, 100 + 7 * n), 9000, fixed_bytes=0)
     assert found == (9000 - 100) // 7
-    assert len(trials) <= 5
+    assert len(trials) <= 6
 
 
 def test_largest_batch_of_none_and_of_all() -> None:
@@ -196,7 +196,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_made_for_less(monkeypatch: py
 
     monkeypatch.setattr(training, "TrainingStep", recorded)
     bench = bench_of(["plain", "splitkern"], budget)
-    ready = bench._prepare(KNOWN["splitkern"], 48)
+    ready = bench._prepare(KNOWN["splitkern"], 28)
     assert given[0] == budget
     assert given[1] < budget
     assert ready.spare_bytes == budget - given[-1]

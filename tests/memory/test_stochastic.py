@@ -334,7 +334,7 @@ def test_no_draw_is_placed_beyond_the_budget(network: nn.Module) -> None:
         fitting += 1
         predicted = executor.plan.predicted
         assert predicted.device_peak_bytes <= steps.arenas.device.numel()
-        assert predicted.device_peak_bytes + predicted.parameters_peak_bytes + network.plan.reserve_bytes <= budget
+        assert network.plan.accounting.budget_for(predicted.device_peak_bytes) <= budget
         assert [one.operation for one in executor.plan.instances] == [
             one.operation for one in network.plan.plan.instances
         ]
@@ -386,6 +386,8 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_forward_pass(
         raise MemoryError("planted")
 
     train(network, steps=1)
+    assert steps._pending is not None
+    steps._pending.result()
     steps._pending = None
     steps._ready.clear()
     monkeypatch.setattr(steps, "_make", fails)
