@@ -161,6 +161,8 @@ class StepExecutor:
                 self._storage_of[member] = number
         predicted = plan.predicted
         self.arenas = arenas or Arenas(predicted.device_peak_bytes, predicted.host_peak_bytes, step.device)
+        self._typed: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[int, int], Tensor] = {}
         self._sources = self._outside_storages()
         # By storage outside the arena: the slots of its tensors, and what is bound.
         self._slots: dict[int, dict[int, Slot]] = {storage: {} for storage in self._sources}
@@ -240,28 +242,38 @@ class StepExecutor:
         parameters = _core.PoolKind.PARAMETERS
         return found | {residency.storage for residency in self.plan.residencies if residency.pool == parameters}
 
-    def _view(self, arena: Tensor, offset_bytes: int, place: int) -> Tensor:
-        tensor = self.step.tensors[place]
-        size_bytes = self.step.storages[tensor.storage].size_bytes
-        item = tensor.element_bytes
-        usable = arena[offset_bytes : offset_bytes + size_bytes // item * item].view(tensor.dtype)
-        return usable.as_strided(tensor.sizes, tensor.strides, usable.storage_offset() + tensor.offset_bytes // item)
+    def _view(self, offset_bytes: int, place: int) -> Tensor:
+        """A tensor at an address of the device arena: one view, whichever instances use it."""
+        view = self._views.get((place, offset_bytes))
+        if view is None:
+            tensor = self.step.tensors[place]
+            item = tensor.element_bytes
+            typed = self._typed.get(tensor.dtype)
+            if typed is None:
+                arena = self.arenas.device
+                typed = self._typed[tensor.dtype] = arena[: arena.numel() // item * item].view(tensor.dtype)
+            offset = typed.storage_offset() + (offset_bytes + tensor.offset_bytes) // item
+            view = self._views[place, offset_bytes] = typed.as_strided(tensor.sizes, tensor.strides, offset)
+        return view
 
     def _view_at(self, place: int, boundary: int) -> Bound:
         """The tensor where the plan has it when the instance behind a boundary runs."""
         storage = self._storage_of[self.step.tensors[place].storage]
         if storage in self._sources:
             return self._slots[storage].setdefault(place, Slot(place))
-        for residency in self._residencies.get(storage, ()):
-            if residency.begin <= boundary < residency.end:
-                return self._view(self.arenas.device, residency.offset_bytes, place)
+        for begin, end, offset_bytes in self._residencies.get(storage, ()):
+            if begin <= boundary < end:
+                return self._view(offset_bytes, place)
         raise AssertionError(f"a valid plan has storage {storage} on the device at boundary {boundary}")
 
     def _bind_instances(self) -> list[BoundCall]:
-        self._residencies: dict[int, list[_core.Residency]] = {}
+        # On the device, by storage: begin, end, offset. Attributes of a plan are slow to read.
+        self._residencies: dict[int, list[tuple[int, int, int]]] = {}
+        device = _core.PoolKind.DEVICE
         for residency in self.plan.residencies:
-            if residency.pool == _core.PoolKind.DEVICE and residency.storage >= 0:
-                self._residencies.setdefault(residency.storage, []).append(residency)
+            if residency.storage >= 0 and residency.pool == device:
+                found = residency.begin, residency.end, residency.offset_bytes
+                self._residencies.setdefault(residency.storage, []).append(found)
         bound = []
         for number, instance in enumerate(self.plan.instances):
             operation = self.step.operations[instance.operation]

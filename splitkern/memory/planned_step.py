@@ -332,7 +332,9 @@ def _plan(
             except _core.Infeasible as error:
                 raise _budget_error(error, budget, parameters_bytes, accounting, options) from error
             found = account(plan)
-            if found.budget_for(plan.predicted.device_peak_bytes) <= budget:
+            # Draws of boundaries may use all that the limits leave to the arena.
+            allowed = accounting.arena_under(budget) if samples else plan.predicted.device_peak_bytes
+            if found.budget_for(max(allowed, 0)) <= budget:
                 return plan, found
             # What is recomputed allocates when more gradients are there than in the step as captured.
             accounting = replace(found, outside_bytes=max(found.outside_bytes, accounting.outside_bytes + 1))

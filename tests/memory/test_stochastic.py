@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
-from splitkern.memory import planned_step
 from splitkern.memory import draws as drawn
+from splitkern.memory import planned_step
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.compile import BudgetError, CompiledForward, compile, compiled_forward_of, uncompile_
 from splitkern.memory.draws import Drawing, DrawnSteps, capture_family
