@@ -18,7 +18,8 @@ from splitkern.memory.compile import CompiledPlan, compiled_forward_of
 
 
 class StepBytes:
-    """Measures the peak of the training steps run inside a `with` block.
+    """Measures the peak of the training steps run inside a `with` block, the first of which begins without gradients:
+    those of earlier steps are dropped when the block begins.
 
     On CUDA by the allocator's `max_memory_allocated`, beyond what else was allocated on the device when the block
     began. On the CPU by the allocator's events, which the profiler records: blocks do not nest, and take one thread.
@@ -45,11 +46,14 @@ class StepBytes:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[Tensor]) -> None:
         self.peak_bytes = 0
         self._device = batch[0].device
-        self._resident_bytes = resident_bytes(model, optimizer, batch)
-        self._other_bytes = 0
+        self._model, self._optimizer, self._batch = model, optimizer, batch
+        self._resident_bytes = self._other_bytes = 0
         self._allocated: AllocatedBytes | None = None
 
     def __enter__(self) -> StepBytes:
+        # The CPU's allocator does not report the end of what it gave out before its events were recorded.
+        self._optimizer.zero_grad(set_to_none=True)
+        self._resident_bytes = resident_bytes(self._model, self._optimizer, self._batch)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)

@@ -78,6 +78,12 @@ def test_step_bytes_counts_everything() -> None:
     weights, rest = 1024 * 256 * 4, 8 * 1024 * 4 + 8 * 256 * 4
     assert 3 * weights + rest - 8 * 256 * 4 <= bytes_.peak_bytes <= 3 * weights + rest + 1024
     assert resident_bytes(model, optimizer, [images]) == 3 * weights + 8 * 1024 * 4
+    first_bytes = bytes_.peak_bytes
+    with StepBytes(model, optimizer, [images]) as bytes_:
+        optimizer.zero_grad(set_to_none=True)
+        model(images).sum().backward()
+        optimizer.step()
+    assert bytes_.peak_bytes == pytest.approx(first_bytes, abs=1024), "gradients of the step before do not count twice"
 
 
 def test_methods_train_alike_and_peers_save_memory() -> None:

@@ -61,6 +61,31 @@ def test_compare_writes_everything(few_digits: None, tmp_path: Path, capsys: pyt
     assert config["recompute"] is True
 
 
+def test_budget(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "--compare", "--out", str(tmp_path), *SMALL, "--epochs", "1", "--precision", "bf16"]
+    assert main([*command, "--budget", "1GiB", "--host-budget", "1GiB", "--strategy", "default"]) == 0
+    captured = capsys.readouterr()
+    assert "planning the memory of a step" in captured.err
+    assert "left alone: it fits" in captured.err
+    for text in ("left alone: it fits", "predicted by the plan", "arena", "all device memory of a step, measured"):
+        assert text in captured.out
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["options"]["budget"] == {"device_bytes": 1 << 30, "host_bytes": 1 << 30, "strategy": "default"}
+    unsplit, split = record["results"]["unsplit"], record["results"]["split"]
+    assert unsplit["plan"] is None
+    assert 0 < split["plan"]["arena_bytes"] < split["plan"]["peak_bytes"] <= 1 << 30
+    assert split["plan"]["arena_bytes"] < split["device_peak_bytes"] <= 1 << 30
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["split"]["grid"] == [2, 2]
+
+
+def test_budget_that_is_too_small(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--no-split", "--out", str(tmp_path), *SMALL, "--budget", "20MiB"]) == 2
+    error = capsys.readouterr().err
+    assert "the smallest that would do is" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_second_run_and_resume(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", "--out", str(tmp_path), *SMALL, "--json"]
     first = second = third = None
@@ -135,6 +160,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--data", "imagenet-folder", "--root", "nowhere"], "data folder nowhere"),
         (["--precision", "fp16", "--device", "cpu"], "precision fp16 needs a GPU"),
         (["--device", "abacus"], "'abacus'"),
+        (["--budget", "much"], "--budget must be bytes such as 16GiB"),
+        (["--host-budget", "1GiB"], "--host-budget needs --budget"),
+        (["--strategy", "layerwise"], "--strategy needs --budget"),
         (["--no-split", "--compare"], "--compare needs a split model"),
         (["--model", "vgg11", "--image-size", "16"], "vgg11 takes no images of 16 pixels"),
         (["--until", "layer9"], "layer9"),

@@ -13,15 +13,20 @@ import torch
 
 pytest.importorskip("sklearn")
 
+from splitkern.memory.compile import BudgetError
+from splitkern.memory.step_bytes import resident_bytes
 from splitkern.training import (
+    BudgetOptions,
     CheckpointError,
     OptionsError,
+    Progress,
     SplitOptions,
     TrainOptions,
     default_until,
     load_checkpoint,
     train,
 )
+from splitkern.training.budget import evaluation_batch
 from tests.training.small import SPLIT, small_data, small_options
 
 pytestmark = pytest.mark.torchvision
@@ -66,6 +71,61 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, split: SplitOpti
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
     assert torch.equal(first["rng"]["torch"], second["rng"]["torch"])
+
+
+class Interrupted(Progress):
+    """Stops in the second epoch, and keeps what it was told of the plan."""
+
+    steps = 0
+    told = ""
+
+    def planned(self, text: str) -> None:
+        self.told = text
+
+    def step(self, loss: float) -> None:
+        self.steps += 1
+        if self.steps == 5:
+            raise KeyboardInterrupt
+
+
+def test_under_a_budget_interrupted_and_resumed_the_weights_are_the_same(tmp_path: Path) -> None:
+    """fp32 on the CPU: to the bit those of training without a budget."""
+    planned, plain, data = tmp_path / "planned.pt", tmp_path / "plain.pt", small_data()
+    options = small_options(epochs=2)
+    with pytest.raises(OptionsError, match=r"smallest that would do is \d") as caught:
+        train(small_options(epochs=2, budget=BudgetOptions(1 << 20)), data, checkpoint=planned)
+    assert not planned.exists()
+    assert isinstance(caught.value.__cause__, BudgetError)
+    smallest = caught.value.__cause__.smallest_bytes
+
+    progress = Interrupted()
+    tight = dataclasses.replace(options, budget=BudgetOptions(smallest + (1 << 18)))
+    with pytest.raises(KeyboardInterrupt):
+        train(tight, data, checkpoint=planned, progress=progress)
+    assert "recomputed" in progress.told
+    # Another budget may go on: weights do not depend on it.
+    result = train(dataclasses.replace(options, budget=BudgetOptions(1 << 30)), data, checkpoint=planned, resume=True)
+    expected = train(options, data, checkpoint=plain)
+    assert result.loss == expected.loss
+    assert result.accuracy == pytest.approx(expected.accuracy)  # evaluated in batches of another size
+    for name, value in load_checkpoint(planned)["model"].items():
+        assert torch.equal(value, load_checkpoint(plain)["model"][name]), name
+    assert result.plan is not None
+    assert result.plan["is_left_alone"], "the plan of the run that went on"
+    assert result.device_peak_bytes <= smallest + (1 << 18), "measured in the first epoch, under the first budget"
+    assert expected.plan is None
+
+
+def test_evaluation_under_a_budget_takes_what_fits_beside_the_arena() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    image = torch.zeros(1, 3, 34, 34)
+    held = resident_bytes(model, optimizer, [])
+    # Beside the image, its convolution and the ReLU of it: 8 channels of 32x32, twice.
+    one = 3 * 34 * 34 * 4 + 2 * 8 * 32 * 32 * 4
+    for room, expected in ((0, 1), (one - 1, 1), (5 * one, 5), (6 * one - 1, 5), (100 * one, 32)):
+        found = evaluation_batch(model, optimizer, image, BudgetOptions(held + room), 32)
+        assert found == expected
 
 
 def test_resume_of_a_finished_run_trains_no_more(tmp_path: Path) -> None:
