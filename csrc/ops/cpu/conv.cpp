@@ -401,7 +401,8 @@ Tensor sampled_input(const Tensor& input, const Pair& stride, const Samples& row
                     rows.in_begin * strides[2] + cols.in_begin * strides[3]);
 }
 
-// Adds the patches in row-major order in at least float32; `base`, where given, is added before rounding.
+// Adds the patches in row-major order in at least float32; `base`, where given, is added before rounding. The result is
+// contiguous, or channels_last as ATen made it.
 Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_input, const ConvCall& call,
                        const OptionalTensor& base) {
   const Tensor grad_output = say_contiguous(given_grad_output);
@@ -418,10 +419,11 @@ Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_inpu
     copy_to(*sum, *base);
   }
   if (grad_output.numel() != 0 && input.numel() != 0 && call.weight_size[1] != 0) {
-    const Tensor unread = new_contiguous(grad_output, call.weight_size, type);
+    // Of the format that ATen chooses for the images: otherwise it converts what it does not read.
+    const Tensor unread = new_output(input, call.weight_size, type);
     const auto add = [&](const Tensor& gradient, const Tensor& read, const Pair& padding, const ConvCall& of) {
-      const Tensor term =
-          torch::stable::contiguous(aten_convolution_backward(gradient, read, unread, padding, of, Gradient::kWeight));
+      Tensor term = aten_convolution_backward(gradient, read, unread, padding, of, Gradient::kWeight);
+      if (!has_format(term, false) && !has_format(term, true)) term = torch::stable::contiguous(term);
       if (sum.has_value()) {
         add_to(*sum, term);
       } else {
@@ -501,7 +503,8 @@ Tensor patch_conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, 
                                 const IntList& out_cols) {
   const ConvCall call = check_conv2d_weight_grad(grad_output, input, weight_size, stride, padding, dilation, groups,
                                                  {in_rows, in_cols, out_rows, out_cols});
-  return cast(run_weight_grad(grad_output, input, call, std::nullopt), grad_output.scalar_type());
+  return torch::stable::contiguous(
+      cast(run_weight_grad(grad_output, input, call, std::nullopt), grad_output.scalar_type()));
 }
 
 void patch_conv2d_weight_grad_out(const Tensor& grad_output, const Tensor& input, const IntList& weight_size,
