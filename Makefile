@@ -25,6 +25,8 @@ DEMO_OUT := demo-output
 DEMO_ARGS := --compare --out $(DEMO_OUT)
 TESTS := tests
 PYTEST_ARGS :=
+# Processes that share the tests, each with one thread; TEST_JOBS=0 runs them in pytest's own.
+TEST_JOBS := $(shell jobs=$$(nproc); echo $$((jobs < 8 ? jobs : 8)))
 EVIDENCE_ARGS :=
 
 # Neither a PYTHONPATH nor packages of the user's may stand in for what the environment lacks.
@@ -62,8 +64,12 @@ build: $(VENV)/.installed
 demo: build
 	$(VENV)/bin/splitkern train $(DEMO_ARGS)
 
+test test-newest: export OMP_NUM_THREADS := 1
+test test-newest: export OMP_WAIT_POLICY := passive
+pytest_in_parallel = bin/pytest -n $(TEST_JOBS) --dist loadgroup
+
 test: build
-	SPLITKERN_REQUIRE_TORCHVISION=1 $(VENV)/bin/pytest $(PYTEST_ARGS) $(TESTS)
+	SPLITKERN_REQUIRE_TORCHVISION=1 $(VENV)/$(pytest_in_parallel) $(PYTEST_ARGS) $(TESTS)
 
 # Resumable: EVIDENCE_ARGS=--resume. FULL=1 takes every layer. Where nothing can be installed, NO_VENV=1 uses PYTHON as
 # it is (torch, pytest): make gpu-evidence NO_VENV=1 PYTHON=python3
@@ -83,7 +89,7 @@ $(NEWEST_VENV)/.set-up: pyproject.toml Makefile scripts/set_up_environment.py
 # compile C++: neither the kernels on the CPU nor the memory library depend on the version of torch.
 test-newest: wheel $(NEWEST_VENV)/.set-up
 	@$(NEWEST_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input --no-index --no-deps --force-reinstall dist/*.whl
-	$(NEWEST_VENV)/bin/pytest --import-mode=append --ignore=tests/host_execution --ignore=tests/memory/test_native.py -o cache_dir=.pytest_cache/newest \
+	$(NEWEST_VENV)/$(pytest_in_parallel) --import-mode=append --ignore=tests/host_execution --ignore=tests/memory/test_native.py -o cache_dir=.pytest_cache/newest \
 	    $(PYTEST_ARGS) $(TESTS)
 
 NATIVE_SOURCES = $(shell find csrc tests bench \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' \) -print)

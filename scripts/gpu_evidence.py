@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """`make gpu-evidence`: everything that needs a GPU, in one resumable run that writes one JSON file.
 
-Steps: build (only if the library is missing), doctor, tests (skips are failures), conv, pool and copy benchmarks,
-compute-sanitizer's memcheck and racecheck over a small subset; with --full also the large tests and every layer. The
+Steps: build (only what is missing of the libraries), doctor, tests of the operators and of training in a byte budget
+(skips are failures), conv, pool, copy and training benchmarks, compute-sanitizer's memcheck and racecheck over a small
+subset; with --full also the large tests, every layer and further networks. The
 file bench/results/<device>-<date>.json is renewed after every step and every row, so that a run can be cut off at any
 moment and continued with --resume. `splitkern bench report FILE` prints its tables. This program needs only Python;
 what it runs needs torch and splitkern, from this folder.
@@ -20,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = ROOT / "splitkern" / "_ops.so"
+LIBRARIES = {"_ops": "_ops.so", "_core": f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"}
 
 PASSED = "passed"
 FAILED = "failed"
@@ -38,7 +40,11 @@ UNAVAILABLE = "unavailable"
 
 TAIL_LINES = 60
 EXIT_OUT_OF_TIME = 4
-GROUPS = {"bench": ("conv", "pool", "copy"), "sanitizer": ("memcheck", "racecheck")}
+GROUPS = {
+    "bench": ("conv", "pool", "copy", "training-vgg19", "training-resnet50"),
+    "training": ("training-vgg19", "training-resnet50"),
+    "sanitizer": ("memcheck", "racecheck"),
+}
 
 _PROBE = """
 import json, platform, torch
@@ -142,19 +148,33 @@ def make_steps(options: argparse.Namespace) -> list[Step]:
     extra = ["--budget-ms", str(options.budget_ms)] if options.budget_ms else []
     which = ["--full"] if options.full else ["--core"]
     scale = 8.0 if options.full else 1.0
+    memory = [*python, "-m", "pytest", "tests/memory", "-m", "gpu", "-v", "-rfE", "--tb=short"]
+    training = ["training", "--device", "cuda", "--precision", "bf16", "--image-size", "224", "--budget", "16GiB"]
+    missing = missing_libraries()
+    only = {"SPLITKERN_ONLY": missing[0]} if len(missing) == 1 else {}
     steps = [
-        Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 900),
+        Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 900, only),
         Step("doctor", [*python, "-m", "splitkern", "doctor", "--json"], 90, read=read_doctor),
         Step("tests", [*tests, *parallel, *timeout], 300, {**gpu, "OMP_NUM_THREADS": "1"}, read=read_tests),
+        Step("memory", [*memory, *timeout], 300, gpu, read=read_tests),
         Step("conv", [*bench, "conv", *which, *extra], 420 * scale, record=True),
         Step("pool", [*bench, "pool", *which, *extra], 150 * scale, record=True),
         Step("copy", [*bench, "copy", *extra], 150, record=True),
+        *(
+            Step(f"training-{network}", [*bench, *training, "--network", network], 900, record=True)
+            for network in ("vgg19", "resnet50")
+        ),
         *(_sanitizer_step(tool, python) for tool in ("memcheck", "racecheck")),
     ]
     if options.full:
         large = [*tests, "--large", "-m", "large"]
         steps.append(Step("large", large, 900, gpu, read=read_tests))
     return steps
+
+
+def missing_libraries() -> list[str]:
+    """Native libraries that are not built for this Python, by name."""
+    return [name for name, file in LIBRARIES.items() if not (ROOT / "splitkern" / file).exists()]
 
 
 def _imports(module: str) -> bool:
@@ -389,7 +409,7 @@ def select(steps: Sequence[Step], only: str | None) -> list[Step]:
         UserError: for a name that no step and no group has.
     """
     if only is None:
-        return [step for step in steps if step.name != "build" or not LIBRARY.exists()]
+        return [step for step in steps if step.name != "build" or missing_libraries()]
     by_name = {step.name: step for step in steps}
     names = [name for word in only.split(",") for name in GROUPS.get(word, (word,))]
     for name in names:

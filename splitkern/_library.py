@@ -119,6 +119,20 @@ def build_info() -> BuildInfo:
     return load()
 
 
+def copy_slots_address() -> int:
+    """Address of what launches the kernels of compressed copies, for the copy pipeline on CUDA.
+
+    Raises:
+        RuntimeError: the library was built without the CUDA kernels.
+    """
+    path = build_info().library
+    function = getattr(ctypes.CDLL(path), "splitkern_copy_slots", None)
+    address = None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    if address is None:
+        raise RuntimeError(f"splitkern: {path} was built without the CUDA kernels, which compressed copies need")
+    return address
+
+
 @contextlib.contextmanager
 def forced_path(name: str, library: Path | None = None) -> Iterator[None]:
     """Makes every CUDA convolution inside the block take one path; a call that the path refuses raises RuntimeError.

@@ -28,6 +28,7 @@ __all__ = [
     "Window",
     "check_bounds",
     "draw_bounds",
+    "draw_ranges",
     "even_bounds",
     "forward_extents",
     "halo_spans",
@@ -202,19 +203,31 @@ def draw_bounds(extent: int, parts: int, wiggle: float, generator: torch.Generat
     Raises:
         ValueError: if ``wiggle`` or ``parts`` is out of range.
     """
+    bounds = [0]
+    for low, high in draw_ranges(extent, parts, wiggle):
+        bounds.append(int(torch.randint(low, high + 1, (1,), generator=generator).item()))
+    bounds.append(extent)
+    return tuple(bounds)
+
+
+def draw_ranges(extent: int, parts: int, wiggle: float) -> tuple[Span, ...]:
+    """For every interior boundary the smallest and the largest integer that :func:`draw_bounds` may return.
+
+    Raises:
+        ValueError: if ``wiggle`` or ``parts`` is out of range.
+
+    Example:
+        >>> draw_ranges(10, 2, 0.2)
+        ((4, 6),)
+    """
     check_wiggle(wiggle)
     even = even_bounds(extent, parts)
-    bounds = [0]
+    ranges = []
     for i in range(1, parts):
         low = -int(-((i - wiggle) * extent) // parts)
         high = int(((i + wiggle) * extent) // parts)
-        if low > high:
-            bounds.append(even[i])
-        else:
-            draw = torch.randint(low, high + 1, (1,), generator=generator)
-            bounds.append(int(draw.item()))
-    bounds.append(extent)
-    return tuple(bounds)
+        ranges.append((even[i], even[i]) if low > high else (low, high))
+    return tuple(ranges)
 
 
 def check_wiggle(wiggle: float) -> None:

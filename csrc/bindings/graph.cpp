@@ -16,12 +16,18 @@ void define_graph(py::module_& module) {
       .value("ACTIVATION", StorageKind::kActivation, "all that the planner may move, drop or share")
       .finalize();
 
+  define_value_type<Compression>(
+      module, "Compression", "What the lossless coder made of a storage's real values: measured, never assumed.",
+      Field{"ratio", &Compression::ratio, "Plain bytes over bytes on the link."},
+      Field{"element_bytes", &Compression::element_bytes, "Of the elements whose zeros are left out: 1, 2, 4 or 8."});
+
   define_value_type<Storage>(
       module, "Storage", "One allocation of the step as captured, before the planner merges any.",
       Field{"name", &Storage::name, "Unique among the storages."},
       Field{"size_bytes", &Storage::size_bytes, "Bytes, not yet aligned."},
       Field{"kind", &Storage::kind, "What it holds."},
-      Field{"is_output", &Storage::is_output, "Whether its last value must be there after the last operation."});
+      Field{"is_output", &Storage::is_output, "Whether its last value must be there after the last operation."},
+      Field{"compression", &Storage::compression, "Measured on its last value of the forward pass; None: not."});
 
   define_value_type<Tensor>(
       module, "Tensor", "A strided box of a storage; the patches of a joined tensor are boxes of one storage.",

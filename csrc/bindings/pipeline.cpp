@@ -1,5 +1,7 @@
 // splitkern._core: the pipeline that carries out a plan's copies beside an executor written in Python. Addresses and
 // streams are integers. Every method lets other Python threads run.
+#include <algorithm>
+
 #include "bindings/value_types.h"
 #include "memory/copy_pipeline.h"
 #include "memory/pipeline/threaded_streams.h"
@@ -57,12 +59,14 @@ Arenas arenas(const Plan& plan, uintptr_t device, int64_t device_bytes, uintptr_
   return made;
 }
 
-CopyPipelineOptions options(int64_t chunk_bytes, int32_t max_in_flight, bool checksums, bool poison) {
+CopyPipelineOptions options(int64_t chunk_bytes, int32_t max_in_flight, bool checksums, bool poison,
+                            int32_t count_every) {
   CopyPipelineOptions made;
   made.chunk_bytes = chunk_bytes;
   made.max_in_flight = max_in_flight;
   made.checksums = checksums;
   made.poison = poison;
+  made.count_every = count_every;
   return made;
 }
 
@@ -74,10 +78,12 @@ void define_pipeline(py::module_& module) {
       Field{"steps", &CopyStatistics::steps, "Completed steps."},
       Field{"offloads", &CopyStatistics::offloads, "Copies to the host."},
       Field{"offload_chunks", &CopyStatistics::offload_chunks, "Their chunks."},
-      Field{"offloaded_bytes", &CopyStatistics::offloaded_bytes, "Their bytes."},
+      Field{"offloaded_bytes", &CopyStatistics::offloaded_bytes, "Their bytes, plain also where compressed."},
       Field{"prefetches", &CopyStatistics::prefetches, "Copies to the device."},
       Field{"prefetch_chunks", &CopyStatistics::prefetch_chunks, "Their chunks."},
       Field{"prefetched_bytes", &CopyStatistics::prefetched_bytes, "Their bytes."},
+      Field{"counted_bytes", &CopyStatistics::counted_bytes, "Of compressed offloads that were counted, plain."},
+      Field{"counted_link_bytes", &CopyStatistics::counted_link_bytes, "What crossed the link for them."},
       Field{"host_wait_us", &CopyStatistics::host_wait_us, "The calling thread waited, microseconds."});
 
   const CopyPipelineOptions defaults;
@@ -89,39 +95,48 @@ void define_pipeline(py::module_& module) {
   type.def_static(
           "on_host",
           [](const Plan& plan, uintptr_t device, int64_t device_bytes, uintptr_t host, int64_t host_bytes,
-             int64_t chunk_bytes, int32_t max_in_flight, bool checksums, bool poison, uint64_t seed,
-             int32_t max_delay_us) {
+             int64_t chunk_bytes, int32_t max_in_flight, bool checksums, bool poison, int32_t count_every,
+             uint64_t seed, int32_t max_delay_us) {
             ThreadedStreamOptions streams;
             streams.seed = seed;
             streams.max_delay_us = max_delay_us;
-            return std::make_unique<Pipeline>(std::make_unique<ThreadedStreams>(streams), plan,
-                                              arenas(plan, device, device_bytes, host, host_bytes),
-                                              options(chunk_bytes, max_in_flight, checksums, poison), true);
+            return std::make_unique<Pipeline>(
+                std::make_unique<ThreadedStreams>(streams), plan, arenas(plan, device, device_bytes, host, host_bytes),
+                options(chunk_bytes, max_in_flight, checksums, poison, count_every), true);
           },
           py::arg("plan"), py::kw_only(), py::arg("device"), py::arg("device_bytes"), py::arg("host"),
           py::arg("host_bytes"), py::arg("chunk_bytes") = defaults.chunk_bytes,
           py::arg("max_in_flight") = defaults.max_in_flight, py::arg("checksums") = defaults.checksums,
-          py::arg("poison") = defaults.poison, py::arg("seed") = 0, py::arg("max_delay_us") = 0, Unlocked(),
+          py::arg("poison") = defaults.poison, py::arg("count_every") = defaults.count_every, py::arg("seed") = 0,
+          py::arg("max_delay_us") = 0, Unlocked(),
           "Ordinary memory stands for the device's, threads for its copy engines.\n\n"
           "Args:\n    plan: a valid plan.\n    device: address of the device arena; host: of the host arena.\n"
           "    chunk_bytes: largest piece of a copy.\n    max_in_flight: pieces of one direction at a time.\n"
           "    checksums: compare what comes back with what left.\n    poison: fill bytes that are free with 0xFF.\n"
+          "    count_every: steps; in the first of so many the bytes of compressed offloads are counted.\n"
           "    seed: of the delays.\n    max_delay_us: every action rests for a random time up to this.")
 #ifdef SPLITKERN_WITH_CUDA_MEMORY
       .def_static(
           "on_cuda",
           [](const Plan& plan, uintptr_t device, int64_t device_bytes, uintptr_t host, int64_t host_bytes,
-             int device_index, int64_t compute_stream, int64_t chunk_bytes, int32_t max_in_flight, bool checksums,
-             bool poison) {
-            return std::make_unique<Pipeline>(std::make_unique<cuda::Streams>(device_index, compute_stream), plan,
-                                              arenas(plan, device, device_bytes, host, host_bytes),
-                                              options(chunk_bytes, max_in_flight, checksums, poison), false);
+             int device_index, int64_t compute_stream, uintptr_t copy_slots, int64_t chunk_bytes, int32_t max_in_flight,
+             bool checksums, bool poison, int32_t count_every) {
+            if (copy_slots == 0 && std::ranges::any_of(plan.copies, &Copy::compressed))
+              throw InvalidArgument("copy_slots must be the address of the kernels' launcher for a plan with " +
+                                    std::string("compressed copies, got 0"));
+            const auto launch = reinterpret_cast<cuda::CopySlots>(copy_slots);
+            return std::make_unique<Pipeline>(std::make_unique<cuda::Streams>(device_index, compute_stream, launch),
+                                              plan, arenas(plan, device, device_bytes, host, host_bytes),
+                                              options(chunk_bytes, max_in_flight, checksums, poison, count_every),
+                                              false);
           },
           py::arg("plan"), py::kw_only(), py::arg("device"), py::arg("device_bytes"), py::arg("host"),
-          py::arg("host_bytes"), py::arg("device_index"), py::arg("compute_stream"),
+          py::arg("host_bytes"), py::arg("device_index"), py::arg("compute_stream"), py::arg("copy_slots") = 0,
           py::arg("chunk_bytes") = defaults.chunk_bytes, py::arg("max_in_flight") = defaults.max_in_flight,
-          py::arg("checksums") = defaults.checksums, py::arg("poison") = defaults.poison, Unlocked(),
-          "Copies on streams of their own beside the compute stream; the host arena must be pinned.")
+          py::arg("checksums") = defaults.checksums, py::arg("poison") = defaults.poison,
+          py::arg("count_every") = defaults.count_every, Unlocked(),
+          "Copies on streams of their own beside the compute stream; the host arena must be pinned.\n\n"
+          "Args:\n    copy_slots: address of `splitkern_copy_slots` of the operator library, for compressed copies.")
 #endif
       .def("at_boundary", &Pipeline::at_boundary, py::arg("boundary"), Unlocked(),
            "Waits and issues as the plan says; afterwards the instance may be run.\n\n"

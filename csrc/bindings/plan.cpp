@@ -68,7 +68,9 @@ void define_plan(py::module_& module) {
 
   define_value_type<PlanStorage>(module, "PlanStorage", "Graph storages that share bytes one after the other.",
                                  Field{"size_bytes", &PlanStorage::size_bytes, "The largest member's."},
-                                 Field{"members", &PlanStorage::members, "Graph storages, in order of first write."});
+                                 Field{"members", &PlanStorage::members, "Graph storages, in order of first write."},
+                                 Field{"compression", &PlanStorage::compression,
+                                       "A member's, where copies are compressed; None: they are plain."});
   define_value_type<Instance>(
       module, "Instance", "An operation of the graph, run for the first time or again.",
       Field{"operation", &Instance::operation, "Position in the graph's operations."},
@@ -87,7 +89,8 @@ void define_plan(py::module_& module) {
                           Field{"destination", &Copy::destination, "Residency that is written."},
                           Field{"issue", &Copy::issue, "Boundary at which it is issued."},
                           Field{"wait", &Copy::wait, "Boundary at which the compute stream waits for it."},
-                          Field{"after", &Copy::after, "Copies of the other stream that it waits for."});
+                          Field{"after", &Copy::after, "Copies of the other stream that it waits for."},
+                          Field{"compressed", &Copy::compressed, "Whether zeros are left out on the link."});
   define_value_type<Boundary>(module, "Boundary", "What happens before an instance is launched.",
                               Field{"waits", &Boundary::waits, "Copies that the compute stream waits for, first."},
                               Field{"issues", &Boundary::issues, "Copies that are issued then, in order."});

@@ -1,6 +1,11 @@
 // splitkern._core: what makes plans, plays them and proves them.
+#include <pybind11/numpy.h>
+
+#include <span>
+
 #include "bindings/value_types.h"
 #include "memory/planner.h"
+#include "memory/replacement.h"
 #include "memory/simulator.h"
 #include "memory/storage_assignment.h"
 #include "memory/validator.h"
@@ -32,6 +37,28 @@ void define_planning(py::module_& module) {
       "    placement_effort: work spent on addresses where simple rules do not reach the lower bound.\n\n"
       "Raises:\n    InvalidArgument: limits, strategy or effort break a rule.\n"
       "    Infeasible: no plan of this strategy fits; names the pool and the smallest budget that would do.");
+
+  module.def(
+      "with_sizes",
+      [](const Graph& graph, const py::array_t<int64_t, py::array::c_style>& numbers) {
+        const std::span<const int64_t> values(numbers.data(), static_cast<size_t>(numbers.size()));
+        py::gil_scoped_release unlocked;
+        return with_sizes(graph, values);
+      },
+      py::arg("graph"), py::arg("numbers"),
+      "The graph with other sizes; `validate` says whether the result keeps the rules of a graph.\n\n"
+      "Args:\n    graph: the step.\n    numbers: int64; bytes of every storage, then of every tensor its offset, sizes "
+      "and strides, in bytes.\n\n"
+      "Raises:\n    InvalidArgument: numbers are not as many as that.");
+  module.def("place_again", &place_again, py::arg("graph"), py::arg("plan"), py::arg("limits"), py::kw_only(),
+             py::arg("placement_effort") = defaults.placement_effort, py::call_guard<py::gil_scoped_release>(),
+             "A plan's decisions at other sizes: residencies, addresses and predictions are made anew.\n\n"
+             "The plan is not validated here: see `validate`.\n\n"
+             "Args:\n    graph: differs from the plan's in sizes alone.\n    plan: whose decisions are kept.\n"
+             "    limits: budgets and bandwidths.\n    placement_effort: as of `plan`; the search stops where a pool "
+             "fits.\n\n"
+             "Raises:\n    InvalidArgument: the plan names what it or the graph does not have.\n"
+             "    Infeasible: a pool needs more than its budget; names the pool and what it needs.");
 
   define_value_type<Span>(module, "Span", "When something runs, microseconds from the step's begin.",
                           Field{"begin_us", &Span::begin_us, "Begin."}, Field{"end_us", &Span::end_us, "End."});

@@ -1,23 +1,23 @@
-// Test library: the schemas and the bodies of csrc/ops/cuda once more, in a namespace of their own under
+// Test library: the schemas and the bodies of csrc/ops/cuda once more, in a namespace of their own (namespace.h) under
 // the CPU key, so that the tests run the very same describe, launch and kernel code on CPU tensors.
-// SPLITKERN_HOST_NAMESPACE may name another namespace, for tests that load several builds at once.
 #include <torch/csrc/stable/library.h>
 
+#include "namespace.h"
 #include "ops/cuda/register_bodies.h"
 #include "ops/schemas.h"
 
-#ifndef SPLITKERN_HOST_NAMESPACE
-#define SPLITKERN_HOST_NAMESPACE splitkern_host
-#endif
+namespace splitkern::host_execution {
+namespace {
 
-// One more step, so that the macro's value and not its name becomes the namespace.
-#define SPLITKERN_DEFINE(name, library) STABLE_TORCH_LIBRARY(name, library)
-#define SPLITKERN_IMPLEMENT(name, library) STABLE_TORCH_LIBRARY_IMPL(name, CPU, library)
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::StableTorchLibraryInit;
 
-SPLITKERN_DEFINE(SPLITKERN_HOST_NAMESPACE, library) {
-  splitkern::define_schemas(library);
-}
+// What STABLE_TORCH_LIBRARY and STABLE_TORCH_LIBRARY_IMPL expand to, which take a literal name only. In this order, and
+// kNamespace is there before any initialiser runs.
+const StableTorchLibraryInit schemas(StableLibrary::Kind::DEF, &define_schemas, kNamespace, nullptr, __FILE__,
+                                     __LINE__);
+const StableTorchLibraryInit bodies(StableLibrary::Kind::IMPL, &cuda::register_bodies, kNamespace, "CPU", __FILE__,
+                                    __LINE__);
 
-SPLITKERN_IMPLEMENT(SPLITKERN_HOST_NAMESPACE, library) {
-  splitkern::cuda::register_bodies(library);
-}
+}  // namespace
+}  // namespace splitkern::host_execution

@@ -5,19 +5,10 @@
 #include <utility>
 
 #include "memory/errors.h"
+#include "memory/pipeline/plan_form.h"
 
 namespace splitkern::memory {
 namespace {
-
-// Positions of a vector, from plans that nobody may have checked.
-void require_index(int32_t index, size_t count, const std::string& what) {
-  if (index < 0 || static_cast<size_t>(index) >= count)
-    throw InvalidArgument(what + " must be in [0, " + std::to_string(count) + "), got " + std::to_string(index));
-}
-
-std::string numbered(const char* what, size_t index) {
-  return std::string(what) + " " + std::to_string(index);
-}
 
 const char* name_of(CopyKind kind) {
   return kind == CopyKind::kOffload ? "offload" : "prefetch";
@@ -28,7 +19,14 @@ CopyPipelineOptions checked(const CopyPipelineOptions& options) {
     throw InvalidArgument("chunk_bytes must be 1 or more, got " + std::to_string(options.chunk_bytes));
   if (options.max_in_flight < 1)
     throw InvalidArgument("max_in_flight must be 1 or more, got " + std::to_string(options.max_in_flight));
+  if (options.count_every < 1)
+    throw InvalidArgument("count_every must be 1 or more, got " + std::to_string(options.count_every));
   return options;
+}
+
+int64_t whole_slots(int64_t chunk_bytes) {
+  constexpr int64_t kSlot = kernels::kCompressedChunkBytes;
+  return std::max(kSlot, chunk_bytes / kSlot * kSlot);
 }
 
 class Stopwatch {
@@ -45,85 +43,6 @@ class Stopwatch {
 
 }  // namespace
 
-// --- What a plan must be for the pipeline to be safe
-// -------------------------------------------------------------------
-
-void CopyPipeline::require_well_formed(const Arenas& arenas) const {
-  const size_t instances = plan_.instances.size();
-  if (plan_.boundaries.size() != instances + 1)
-    throw InvalidArgument("a plan of " + std::to_string(instances) + " instances must have one boundary more, got " +
-                          std::to_string(plan_.boundaries.size()));
-
-  for (size_t index = 0; index < plan_.residencies.size(); ++index) {
-    const Residency& residency = plan_.residencies[index];
-    const std::string name = numbered("residency", index);
-    if (residency.storage != -1) require_index(residency.storage, plan_.storages.size(), name + ": storage");
-    const int64_t arena_bytes = residency.pool == Pool::kDevice ? arenas.device_bytes
-                                : residency.pool == Pool::kHost ? arenas.host_bytes
-                                                                : arenas.parameters_bytes;
-    if (residency.offset_bytes < 0 || residency.size_bytes < 0 || residency.offset_bytes > arena_bytes ||
-        residency.size_bytes > arena_bytes - residency.offset_bytes)
-      throw InvalidArgument(name + ": " + std::to_string(residency.size_bytes) + " bytes at offset " +
-                            std::to_string(residency.offset_bytes) + " must lie inside an arena of " +
-                            std::to_string(arena_bytes) + " bytes");
-    if (residency.begin < 0 || residency.begin >= residency.end || static_cast<size_t>(residency.end) > instances + 1)
-      throw InvalidArgument(name + ": begin and end must be increasing boundaries in [0, " +
-                            std::to_string(instances + 1) + "], got " + std::to_string(residency.begin) + " and " +
-                            std::to_string(residency.end));
-  }
-
-  for (size_t index = 0; index < plan_.copies.size(); ++index) {
-    const Copy& copy = plan_.copies[index];
-    const std::string name = numbered("copy", index);
-    require_index(copy.storage, plan_.storages.size(), name + ": storage");
-    const int64_t size_bytes = plan_.storages[static_cast<size_t>(copy.storage)].size_bytes;
-    const bool offload = copy.kind == CopyKind::kOffload;
-    const auto require_end = [&](int32_t residency, Pool pool, const char* which) {
-      require_index(residency, plan_.residencies.size(), name + ": " + which);
-      const Residency& found = plan_.residencies[static_cast<size_t>(residency)];
-      if (found.pool != pool)
-        throw InvalidArgument(name + ": " + which + " of " + (offload ? "an offload" : "a prefetch") +
-                              " must be in the " + (pool == Pool::kHost ? "host" : "device") + " pool, but residency " +
-                              std::to_string(residency) + " is not");
-      if (found.storage != copy.storage || found.size_bytes < size_bytes || size_bytes < 0)
-        throw InvalidArgument(name + ": " + which + " must hold storage " + std::to_string(copy.storage) + " of " +
-                              std::to_string(size_bytes) + " bytes, but residency " + std::to_string(residency) +
-                              " holds storage " + std::to_string(found.storage) + " in " +
-                              std::to_string(found.size_bytes) + " bytes");
-    };
-    require_end(copy.source, offload ? Pool::kDevice : Pool::kHost, "source");
-    require_end(copy.destination, offload ? Pool::kHost : Pool::kDevice, "destination");
-  }
-
-  // In the order of the boundaries: what is waited for has been issued, so that no wait can last for ever.
-  std::vector<char> issued(plan_.copies.size(), 0);
-  for (size_t boundary = 0; boundary < plan_.boundaries.size(); ++boundary) {
-    const std::string name = numbered("boundary", boundary);
-    for (const int32_t copy : plan_.boundaries[boundary].waits) {
-      require_index(copy, plan_.copies.size(), name + ": wait");
-      if (!issued[static_cast<size_t>(copy)])
-        throw InvalidArgument(name + ": waits for copy " + std::to_string(copy) +
-                              ", which must have been issued at an earlier boundary");
-    }
-    for (const int32_t copy : plan_.boundaries[boundary].issues) {
-      require_index(copy, plan_.copies.size(), name + ": issue");
-      if (issued[static_cast<size_t>(copy)])
-        throw InvalidArgument(name + ": issues copy " + std::to_string(copy) + " a second time");
-      for (const int32_t earlier : plan_.copies[static_cast<size_t>(copy)].after) {
-        require_index(earlier, plan_.copies.size(), numbered("copy", static_cast<size_t>(copy)) + ": after");
-        if (!issued[static_cast<size_t>(earlier)])
-          throw InvalidArgument("copy " + std::to_string(copy) + ": comes after copy " + std::to_string(earlier) +
-                                ", which must have been issued earlier");
-      }
-      issued[static_cast<size_t>(copy)] = 1;
-    }
-  }
-  for (size_t copy = 0; copy < issued.size(); ++copy) {
-    if (!issued[copy])
-      throw InvalidArgument(numbered("copy", copy) + ": must be issued at a boundary, but no boundary lists it");
-  }
-}
-
 // --- Construction
 // ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +54,7 @@ CopyPipeline::CopyPipeline(StreamBackend& backend, Plan plan, const Arenas& aren
       left_(plan_.copies.size()),
       came_(plan_.copies.size()),
       changed_on_the_way_(plan_.copies.size()) {
-  require_well_formed(arenas);
+  require_well_formed(plan_, arenas);
 
   const size_t copies = plan_.copies.size();
   ending_.resize(plan_.boundaries.size());
@@ -268,6 +187,50 @@ void CopyPipeline::feed_all(Feeder& feeder) {
   }
 }
 
+// A compressed copy goes in whole slots.
+int64_t CopyPipeline::chunk_count(int32_t copy) const {
+  const int64_t size_bytes = copied_bytes(copy);
+  const int64_t chunk_bytes =
+      plan_.copies[static_cast<size_t>(copy)].compressed ? whole_slots(options_.chunk_bytes) : options_.chunk_bytes;
+  return size_bytes / chunk_bytes + (size_bytes % chunk_bytes != 0 ? 1 : 0);
+}
+
+void CopyPipeline::enqueue_chunk(const Feeder& feeder, int32_t copy, int64_t chunk, LinkCount* count) {
+  const Copy& fed = plan_.copies[static_cast<size_t>(copy)];
+  const int64_t size_bytes = copied_bytes(copy);
+  const unsigned char* const source = address(fed.source);
+  unsigned char* const destination = address(fed.destination);
+  if (!fed.compressed) {
+    const int64_t begin = chunk * options_.chunk_bytes;
+    backend_.copy(feeder.stream, destination + begin, source + begin,
+                  std::min(options_.chunk_bytes, size_bytes - begin));
+    return;
+  }
+  const int32_t element_bytes = plan_.storages[static_cast<size_t>(fed.storage)].compression->element_bytes;
+  const int64_t most = whole_slots(options_.chunk_bytes) / kernels::kCompressedChunkBytes;
+  CompressedSlots slots{.elements = size_bytes / element_bytes, .element_bytes = element_bytes, .begin = chunk * most};
+  slots.end = std::min(slots.begin + most, kernels::compressed_chunks(slots.elements, element_bytes));
+  if (fed.kind == CopyKind::kOffload) {
+    backend_.compress(feeder.stream, destination, source, slots, count);
+  } else {
+    backend_.decompress(feeder.stream, destination, source, slots);
+  }
+}
+
+// Waits until one more chunk may be in flight; false if nothing more is to be enqueued.
+bool CopyPipeline::make_room(Feeder& feeder) {
+  if (feeder.in_flight.size() < feeder.events.size()) return true;
+  const Chunk oldest = feeder.in_flight.front();
+  try {
+    backend_.synchronize(oldest.done);
+  } catch (const StreamFailed& error) {
+    throw failure_of(oldest.copy, error.what());
+  }
+  feeder.in_flight.pop_front();
+  const std::lock_guard lock(mutex_);
+  return !dropping();
+}
+
 void CopyPipeline::feed(Feeder& feeder, int32_t copy) {
   const auto index = static_cast<size_t>(copy);
   const Copy& fed = plan_.copies[index];
@@ -275,30 +238,23 @@ void CopyPipeline::feed(Feeder& feeder, int32_t copy) {
   const unsigned char* const source = address(fed.source);
   unsigned char* const destination = address(fed.destination);
   const bool offload = fed.kind == CopyKind::kOffload;
-  int64_t chunks = 0;
+  const int64_t chunks = chunk_count(copy);
+  LinkCount* count = nullptr;
+  if (fed.compressed && offload) {
+    const std::lock_guard lock(mutex_);
+    if (statistics_.steps % options_.count_every == 0) count = &count_;
+  }
   try {
     backend_.wait(feeder.stream, position_[static_cast<size_t>(fed.issue)]);
     for (const int32_t earlier : fed.after) backend_.wait(feeder.stream, done_[static_cast<size_t>(earlier)]);
     if (options_.checksums && offload) backend_.checksum(feeder.stream, source, size_bytes, &left_[index]);
-    for (int64_t begin = 0; begin < size_bytes; begin += std::min(options_.chunk_bytes, size_bytes - begin)) {
-      if (feeder.in_flight.size() == feeder.events.size()) {
-        const Chunk oldest = feeder.in_flight.front();
-        try {
-          backend_.synchronize(oldest.done);
-        } catch (const StreamFailed& error) {
-          throw failure_of(oldest.copy, error.what());
-        }
-        feeder.in_flight.pop_front();
-        const std::lock_guard lock(mutex_);
-        if (dropping()) return;
-      }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      if (!make_room(feeder)) return;
       const EventId event = feeder.events[feeder.next_event];
-      backend_.copy(feeder.stream, destination + begin, source + begin,
-                    std::min(options_.chunk_bytes, size_bytes - begin));
+      enqueue_chunk(feeder, copy, chunk, count);
       backend_.record(event, feeder.stream);
       feeder.in_flight.push_back({.copy = copy, .done = event});
       feeder.next_event = (feeder.next_event + 1) % feeder.events.size();
-      ++chunks;
     }
     const int32_t origin = offload_of_[index];
     if (options_.checksums && origin >= 0) {
@@ -351,7 +307,9 @@ class CopyPipeline::Turn {
 
 void CopyPipeline::at_boundary(int32_t boundary) {
   std::unique_lock lock(mutex_);
-  require_index(boundary, plan_.boundaries.size(), "boundary");
+  if (boundary < 0 || boundary >= boundary_count())
+    throw InvalidArgument("boundary must be in [0, " + std::to_string(boundary_count()) + "), got " +
+                          std::to_string(boundary));
   if (cancels_ > 0) throw StepAborted("the step is being aborted");
   if (boundary != next_) {
     if (aborted_) throw StepAborted("the step was aborted: the next boundary is 0, got " + std::to_string(boundary));
@@ -531,7 +489,10 @@ void CopyPipeline::abort() noexcept {
 
 CopyStatistics CopyPipeline::statistics() const {
   const std::lock_guard lock(mutex_);
-  return statistics_;
+  CopyStatistics statistics = statistics_;
+  statistics.counted_bytes = count_.plain_bytes.load();
+  statistics.counted_link_bytes = count_.link_bytes.load();
+  return statistics;
 }
 
 }  // namespace splitkern::memory

@@ -44,6 +44,7 @@ struct Arenas {
 struct CopyPipelineOptions {
   int64_t chunk_bytes = int64_t{16} << 20;
   int32_t max_in_flight = 2;  // chunks of one stream that are enqueued and not done
+  int32_t count_every = 64;   // steps: in the first of so many, what compressed offloads put on the link is counted
   // For debugging: compare each storage on its way back with what left, and fill the bytes of a residency with 0xFF
   // (NaN in every floating-point type) on the compute stream when it ends.
   bool checksums = false;
@@ -55,10 +56,13 @@ struct CopyStatistics {
   int64_t steps = 0;  // completed, aborted ones not included
   int64_t offloads = 0;
   int64_t offload_chunks = 0;
-  int64_t offloaded_bytes = 0;
+  int64_t offloaded_bytes = 0;  // plain, also of compressed copies
   int64_t prefetches = 0;
   int64_t prefetch_chunks = 0;
   int64_t prefetched_bytes = 0;
+  // Compressed offloads that were counted: bytes of the storages, and what crossed the link for them.
+  int64_t counted_bytes = 0;
+  int64_t counted_link_bytes = 0;
   double host_wait_us = 0;  // the calling thread waited, for copies to be fed or done
 };
 
@@ -127,11 +131,13 @@ class CopyPipeline {
   };
   class Turn;  // the calling thread is inside
 
-  void require_well_formed(const Arenas& arenas) const;
   Feeder& feeder_of(int32_t copy) {
     return feeders_[plan_.copies[static_cast<size_t>(copy)].kind == CopyKind::kOffload ? 0 : 1];
   }
   int64_t copied_bytes(int32_t copy) const;
+  int64_t chunk_count(int32_t copy) const;
+  void enqueue_chunk(const Feeder& feeder, int32_t copy, int64_t chunk, LinkCount* count);
+  bool make_room(Feeder& feeder);
   unsigned char* address(int32_t residency) const;
   CopyFailed failure_of(int32_t copy, const std::string& why) const;
 
@@ -160,6 +166,7 @@ class CopyPipeline {
   std::vector<std::atomic<uint64_t>> left_;            // by copy: checksum of what an offload read
   std::vector<std::atomic<uint64_t>> came_;            // by copy: checksum of what a prefetch wrote
   std::vector<std::atomic<bool>> changed_on_the_way_;  // by copy
+  LinkCount count_;
 
   mutable std::mutex mutex_;  // for what follows, and where it is named above
   std::condition_variable changed_;

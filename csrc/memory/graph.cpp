@@ -68,6 +68,15 @@ void require_storages(const Graph& graph) {
       refuse(size(), "of all storages together must be at most " + std::to_string(kMaxGraphBytes),
              std::to_string(total) + " before it and " + std::to_string(storage.size_bytes) + " for it");
     total += storage.size_bytes;
+    if (!storage.compression) continue;
+    const auto [ratio, element_bytes] = *storage.compression;
+    const std::string place = where("storages", i, storage) + ": compression.";
+    if (!std::isfinite(ratio) || ratio <= 0)
+      refuse(place + "ratio", "must be finite and above 0", std::to_string(ratio));
+    if (!is_codable(storage.size_bytes, element_bytes))
+      refuse(place + "element_bytes",
+             "must be 1, 2, 4 or 8 and divide the " + std::to_string(storage.size_bytes) + " bytes of the storage",
+             std::to_string(element_bytes));
   }
 }
 
@@ -353,6 +362,14 @@ std::string fingerprint(const Graph& graph) {
     digest.add(int64_t{operation.is_random});
     digest.add(int64_t{operation.is_backward});
     digest.add(int64_t{operation.patch});
+  }
+  // Behind all else, so that a graph without measurements has the digest that it always had.
+  for (size_t i = 0; i < graph.storages.size(); ++i) {
+    const std::optional<Compression>& compression = graph.storages[i].compression;
+    if (!compression) continue;
+    digest.add(static_cast<int64_t>(i));
+    digest.add(compression->ratio);
+    digest.add(int64_t{compression->element_bytes});
   }
   return digest.text();
 }

@@ -4,8 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "memory/compression.h"
 
 namespace splitkern::memory {
 
@@ -22,6 +25,7 @@ struct Storage {
   int64_t size_bytes = 0;
   StorageKind kind = StorageKind::kActivation;
   bool is_output = false;  // its value is returned: it must be there, with its last value, after the last operation
+  std::optional<Compression> compression = std::nullopt;  // measured on its last value of the forward pass
 
   bool operator==(const Storage&) const = default;
 };
@@ -90,8 +94,9 @@ inline constexpr int64_t kMaxGraphBytes = int64_t{1} << 60;
 // Throws InvalidArgument with the first rule that the graph breaks: index out of range, duplicate name, negative or
 // overflowing size, a tensor beyond its storage, an in-place pair of unequal boxes, a sum of unequal sizes, a tensor
 // that is read before every byte of it was written, a write to a parameter or input that is not a mutation, a mutation
-// that is not read, two writes of one operation that overlap, a duration that is negative or not finite. An operation
-// that depends on a later one is a read before a write.
+// that is not read, two writes of one operation that overlap, a duration that is negative or not finite, a compression
+// whose ratio is not positive or whose elements do not make up the storage. An operation that depends on a later one is
+// a read before a write.
 void require_valid(const Graph& graph);
 
 // A digest of everything that a plan depends on (all but names of modules, segments and the graph): plans carry it.

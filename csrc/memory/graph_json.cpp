@@ -1,7 +1,9 @@
 #include "memory/graph_json.h"
 
+#include <algorithm>
 #include <vector>
 
+#include "memory/compression_json.h"
 #include "memory/errors.h"
 #include "memory/json.h"
 
@@ -9,7 +11,8 @@ namespace splitkern::memory {
 namespace {
 
 constexpr std::string_view kFormat = "splitkern.graph";
-constexpr int64_t kVersion = 1;
+// 2: storages may have a compression. Graphs without one are written as before.
+constexpr int64_t kVersion = 2;
 
 // In the order of StorageKind.
 const std::vector<std::string_view> kKinds = {"parameter", "gradient", "input", "activation"};
@@ -19,8 +22,9 @@ void write(JsonWriter& writer, const Storage& storage) {
       .field("name", storage.name)
       .field("size_bytes", storage.size_bytes)
       .field("kind", name_of(storage.kind))
-      .field("is_output", storage.is_output)
-      .end_object();
+      .field("is_output", storage.is_output);
+  write_compression(writer, storage.compression);
+  writer.end_object();
 }
 
 void write(JsonWriter& writer, const Tensor& tensor) {
@@ -79,6 +83,7 @@ void read_json(const JsonNode& node, Storage& out) {
   fields.read("size_bytes", out.size_bytes);
   fields.read("kind", out.kind);
   fields.read("is_output", out.is_output);
+  read_compression(fields, out.compression);
   fields.finish();
 }
 
@@ -127,10 +132,12 @@ std::string_view name_of(StorageKind kind) {
 }
 
 std::string to_json(const Graph& graph) {
+  const bool has_compression =
+      std::ranges::any_of(graph.storages, [](const Storage& storage) { return storage.compression.has_value(); });
   JsonWriter writer;
   writer.begin_object()
       .field("format", kFormat)
-      .field("version", kVersion)
+      .field("version", has_compression ? kVersion : 1)
       .field("name", graph.name)
       .field("durations_from", graph.durations_from);
   write_list(writer, "storages", graph.storages);

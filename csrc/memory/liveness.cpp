@@ -228,9 +228,40 @@ void find_recomputable(const Graph& graph, Liveness& live) {
   }
 }
 
+// The measurement of the value that is saved, which is that of the member written last before the turn.
+std::optional<Compression> compression_of(const Graph& graph, const Liveness& live, int32_t storage) {
+  if (!live.saved[storage]) return std::nullopt;
+  const Operation& writer = graph.operations[live.operations[live.last_forward_write[storage]]];
+  for (const int32_t tensor : writer.writes) {
+    const int32_t member = graph.tensors[tensor].storage;
+    if (live.assignment.storage_of[member] != storage) continue;
+    const Storage& value = graph.storages[member];
+    const bool is_all = value.size_bytes == live.assignment.storages[storage].size_bytes;
+    return is_all && value.compression && value.compression->ratio >= kLeastCompressionRatio ? value.compression
+                                                                                             : std::nullopt;
+  }
+  return std::nullopt;
+}
+
+void find_copies(const Graph& graph, Liveness& live, const Limits& limits, bool compress) {
+  compress &= limits.alignment_bytes >= kCompressedAlignment;
+  int64_t total = 0;
+  for (int32_t storage = 0; storage < live.storages(); ++storage) {
+    const PlanStorage& planned = live.assignment.storages[storage];
+    const std::optional<Compression> compression =
+        compress ? compression_of(graph, live, storage) : std::optional<Compression>();
+    live.compression.push_back(compression);
+    live.link_bytes.push_back(static_cast<double>(planned.size_bytes) / (compression ? compression->ratio : 1));
+    live.host_bytes.push_back(compression
+                                  ? aligned(compressed_room_bytes(planned.size_bytes, compression->element_bytes),
+                                            limits.alignment_bytes, total)
+                                  : live.bytes[storage]);
+  }
+}
+
 }  // namespace
 
-Liveness analyse(const Graph& graph, StorageAssignment assignment, const Limits& limits) {
+Liveness analyse(const Graph& graph, StorageAssignment assignment, const Limits& limits, bool compress) {
   Liveness live;
   live.assignment = std::move(assignment);
   int64_t total = 0;
@@ -249,6 +280,7 @@ Liveness analyse(const Graph& graph, StorageAssignment assignment, const Limits&
     peak = std::max(peak, total + bytes);
   }
   find_lifetimes(graph, live);
+  find_copies(graph, live, limits, compress);
   find_recomputable(graph, live);
   return live;
 }

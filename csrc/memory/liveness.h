@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -51,7 +52,11 @@ struct Liveness {
 
   // Per planned storage.
   std::vector<int64_t> bytes;  // aligned
-  std::vector<char> resident;  // parameters pool: never moved
+  // How it is copied: compressed where that was measured to pay.
+  std::vector<std::optional<Compression>> compression;
+  std::vector<double> link_bytes;
+  std::vector<int64_t> host_bytes;  // aligned: of its slot in the host pool
+  std::vector<char> resident;       // parameters pool: never moved
   std::vector<char> output;
   std::vector<int32_t> first_access;  // steps; -1: never accessed
   std::vector<int32_t> last_access;
@@ -69,7 +74,8 @@ struct Liveness {
   int32_t storages() const { return static_cast<int32_t>(bytes.size()); }
 };
 
-// Throws InvalidArgument where sizes rounded up to the alignment pass 2^63 - 1 in sum.
-Liveness analyse(const Graph& graph, StorageAssignment assignment, const Limits& limits);
+// `compress`: whether copies may be compressed at all. Throws InvalidArgument where sizes rounded up to the alignment
+// pass 2^63 - 1 in sum.
+Liveness analyse(const Graph& graph, StorageAssignment assignment, const Limits& limits, bool compress = true);
 
 }  // namespace splitkern::memory

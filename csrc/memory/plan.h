@@ -4,9 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "memory/compression.h"
 #include "memory/limits.h"
 
 namespace splitkern::memory {
@@ -19,8 +21,9 @@ enum class Pool : uint8_t {
 
 // One planned storage: graph storages that share bytes one after the other (in-place chains, summed errors).
 struct PlanStorage {
-  int64_t size_bytes = 0;        // the largest member's
-  std::vector<int32_t> members;  // graph storages, in order of first write
+  int64_t size_bytes = 0;                                 // the largest member's
+  std::vector<int32_t> members;                           // graph storages, in order of first write
+  std::optional<Compression> compression = std::nullopt;  // a member's, where copies are compressed
 
   bool operator==(const PlanStorage&) const = default;
 };
@@ -59,6 +62,9 @@ struct Copy {
   int32_t issue = 0;           // boundary
   int32_t wait = 0;            // boundary at which the compute stream waits for it
   std::vector<int32_t> after;  // copies of the other stream, issued earlier
+  // The host residency holds the layout of kernels/copy/params.h, for which it has room whatever the values: its bytes
+  // on the link vary. All copies to and from one host residency are alike.
+  bool compressed = false;
 
   bool operator==(const Copy&) const = default;
 };
@@ -94,6 +100,12 @@ struct Predicted {
 
   bool operator==(const Predicted&) const = default;
 };
+
+// Bytes that a copy of the storage is counted with on the link.
+inline double link_bytes(const PlanStorage& storage, bool compressed) {
+  const auto size_bytes = static_cast<double>(storage.size_bytes);
+  return compressed && storage.compression ? size_bytes / storage.compression->ratio : size_bytes;
+}
 
 struct Plan {
   std::string graph_fingerprint;

@@ -1,7 +1,9 @@
 #include "memory/plan_json.h"
 
+#include <algorithm>
 #include <vector>
 
+#include "memory/compression_json.h"
 #include "memory/errors.h"
 #include "memory/json.h"
 
@@ -9,7 +11,8 @@ namespace splitkern::memory {
 namespace {
 
 constexpr std::string_view kFormat = "splitkern.plan";
-constexpr int64_t kVersion = 1;
+// 2: copies may be compressed. Plans without such copies are written as before.
+constexpr int64_t kVersion = 2;
 
 // In the order of the enumerations.
 const std::vector<std::string_view> kPools = {"device", "parameters", "host"};
@@ -35,7 +38,9 @@ void write(JsonWriter& writer, const Limits& limits) {
 }
 
 void write(JsonWriter& writer, const PlanStorage& storage) {
-  writer.begin_object().field("size_bytes", storage.size_bytes).field("members", storage.members).end_object();
+  writer.begin_object().field("size_bytes", storage.size_bytes).field("members", storage.members);
+  write_compression(writer, storage.compression);
+  writer.end_object();
 }
 
 void write(JsonWriter& writer, const FusedSum& fused) {
@@ -73,8 +78,9 @@ void write(JsonWriter& writer, const Copy& copy) {
       .field("destination", copy.destination)
       .field("issue", copy.issue)
       .field("wait", copy.wait)
-      .field("after", copy.after)
-      .end_object();
+      .field("after", copy.after);
+  if (copy.compressed) writer.field("compressed", copy.compressed);
+  writer.end_object();
 }
 
 void write(JsonWriter& writer, const Predicted& predicted) {
@@ -138,6 +144,7 @@ void read_json(const JsonNode& node, PlanStorage& out) {
   JsonFields fields(node);
   fields.read("size_bytes", out.size_bytes);
   fields.read("members", out.members);
+  read_compression(fields, out.compression);
   fields.finish();
 }
 
@@ -183,6 +190,7 @@ void read_json(const JsonNode& node, Copy& out) {
   fields.read("issue", out.issue);
   fields.read("wait", out.wait);
   fields.read("after", out.after);
+  fields.read("compressed", out.compressed);
   fields.finish();
 }
 
@@ -213,10 +221,13 @@ std::string_view name_of(CopyKind kind) {
 }
 
 std::string to_json(const Plan& plan) {
+  const bool has_compression =
+      std::ranges::any_of(plan.storages, [](const PlanStorage& storage) { return storage.compression.has_value(); }) ||
+      std::ranges::any_of(plan.copies, &Copy::compressed);
   JsonWriter writer;
   writer.begin_object()
       .field("format", kFormat)
-      .field("version", kVersion)
+      .field("version", has_compression ? kVersion : 1)
       .field("graph_fingerprint", plan.graph_fingerprint)
       .field("strategy", plan.strategy)
       .new_line()

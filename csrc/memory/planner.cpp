@@ -6,8 +6,8 @@
 
 #include "memory/errors.h"
 #include "memory/liveness.h"
+#include "memory/replacement.h"
 #include "memory/schedule.h"
-#include "memory/simulator.h"
 #include "memory/storage_assignment.h"
 #include "memory/strategies/strategy.h"
 
@@ -35,11 +35,11 @@ const Strategy& strategy_named(const std::string& name) {
 
 class Planner {
  public:
-  Planner(const Graph& graph, const Limits& limits, const PlanOptions& options)
+  Planner(const Graph& graph, const Limits& limits, const PlanOptions& options, bool compress)
       : graph_(graph),
         limits_(limits),
         options_(options),
-        live_(analyse(graph, assign_storages(graph), limits)),
+        live_(analyse(graph, assign_storages(graph), limits, compress)),
         scheduler_(graph, live_, limits),
         effort_(std::max<int64_t>(kLeastEffort, options.search_effort * live_.steps())) {}
 
@@ -201,16 +201,12 @@ class Planner {
     for (int32_t copy : schedule.issue_order) {
       const Transfer& transfer = schedule.transfers[copy / 2];
       const Copy& added = plan.copies.emplace_back(copy_of(schedule, transfer, copy % 2 == 0));
+      plan.storages[added.storage].compression = live_.compression[added.storage];
       const int32_t index = static_cast<int32_t>(plan.copies.size()) - 1;
       plan.boundaries[added.issue].issues.push_back(index);
       plan.boundaries[added.wait].waits.push_back(index);
     }
-    place_pools(plan);
-    const Timeline timeline = simulate(graph_, plan);
-    plan.predicted.step_us = timeline.step_us;
-    plan.predicted.compute_us = timeline.compute_us;
-    plan.predicted.recompute_us = timeline.recompute_us;
-    plan.predicted.stall_us = timeline.stall_us;
+    place_residencies(graph_, plan, options_.placement_effort, false);
     return plan;
   }
 
@@ -233,7 +229,8 @@ class Planner {
       }
       const Transfer& transfer = schedule.transfers[episode.transfer];
       add(episode.storage, Pool::kDevice, bytes, episode.begin, transfer.offload_wait);
-      add(episode.storage, Pool::kHost, bytes, transfer.offload_issue, transfer.prefetch_wait);
+      add(episode.storage, Pool::kHost, live_.host_bytes[episode.storage], transfer.offload_issue,
+          transfer.prefetch_wait);
       add(episode.storage, Pool::kDevice, bytes, transfer.prefetch_issue, episode.end);
     }
     for (int32_t instance = 0; instance < count; ++instance) {
@@ -244,36 +241,15 @@ class Planner {
 
   Copy copy_of(const Schedule& schedule, const Transfer& transfer, bool is_offload) const {
     const int32_t before = first_residency_[transfer.episode];
+    const int32_t storage = schedule.episodes[transfer.episode].storage;
     return {.kind = is_offload ? CopyKind::kOffload : CopyKind::kPrefetch,
-            .storage = schedule.episodes[transfer.episode].storage,
+            .storage = storage,
             .source = is_offload ? before : before + 1,
             .destination = is_offload ? before + 1 : before + 2,
             .issue = is_offload ? transfer.offload_issue : transfer.prefetch_issue,
             .wait = is_offload ? transfer.offload_wait : transfer.prefetch_wait,
-            .after = {}};
-  }
-
-  void place_pools(Plan& plan) const {
-    for (const Pool pool : {Pool::kParameters, Pool::kDevice, Pool::kHost}) {
-      std::vector<Buffer> buffers;
-      std::vector<int32_t> residencies;
-      for (int32_t index = 0; index < static_cast<int32_t>(plan.residencies.size()); ++index) {
-        const Residency& residency = plan.residencies[index];
-        if (residency.pool != pool) continue;
-        buffers.push_back({residency.begin, residency.end, residency.size_bytes});
-        residencies.push_back(index);
-      }
-      const Placement placement =
-          place(buffers, {.alignment_bytes = limits_.alignment_bytes, .effort = options_.placement_effort});
-      for (size_t index = 0; index < residencies.size(); ++index)
-        plan.residencies[residencies[index]].offset_bytes = placement.offsets[index];
-      Predicted& predicted = plan.predicted;
-      (pool == Pool::kParameters ? predicted.parameters_peak_bytes
-       : pool == Pool::kDevice   ? predicted.device_peak_bytes
-                                 : predicted.host_peak_bytes) = placement.peak_bytes;
-      if (pool == Pool::kDevice) predicted.device_lower_bound_bytes = placement.lower_bound_bytes;
-      if (pool == Pool::kHost) predicted.host_lower_bound_bytes = placement.lower_bound_bytes;
-    }
+            .after = {},
+            .compressed = live_.compression[storage].has_value()};
   }
 
   const Graph& graph_;
@@ -303,7 +279,14 @@ Plan plan(const Graph& graph, const Limits& limits, const PlanOptions& options) 
     throw InvalidArgument("search_effort must be 1 or more, got " + std::to_string(options.search_effort));
   if (options.placement_effort < 0)
     throw InvalidArgument("placement_effort must be 0 or more, got " + std::to_string(options.placement_effort));
-  return Planner(graph, limits, options).run();
+  if (std::ranges::any_of(graph.storages, [](const Storage& storage) { return storage.compression.has_value(); })) {
+    try {
+      return Planner(graph, limits, options, /*compress=*/true).run();
+    } catch (const Infeasible&) {
+      // Compressed slots on the host take more room than plain ones; so the budgets that it names are the plain ones'.
+    }
+  }
+  return Planner(graph, limits, options, /*compress=*/false).run();
 }
 
 }  // namespace splitkern::memory

@@ -28,10 +28,11 @@ struct PlanOptions {
 
 std::vector<std::string> strategy_names();
 
-// Pure and deterministic; any thread. Throws InvalidArgument for a graph or limits that break their rules, an unknown
-// strategy, or an effort below 1; Infeasible where the strategy finds no plan within the limits, with the pool that is
-// too small and the smallest budget of it at which this function, called with otherwise the same arguments, returns
-// one.
+// Copies of a storage are compressed where its measured compression is kLeastCompressionRatio or more, unless the
+// larger slots on the host leave no plan. Pure and deterministic; any thread. Throws InvalidArgument for a graph or
+// limits that break their rules, an unknown strategy, or an effort below 1; Infeasible where the strategy finds no plan
+// within the limits, with the pool that is too small and the smallest budget of it at which this function, called with
+// otherwise the same arguments, returns one.
 Plan plan(const Graph& graph, const Limits& limits, const PlanOptions& options = {});
 
 }  // namespace splitkern::memory

@@ -76,9 +76,9 @@ constexpr int64_t kMostRepetitions = 4;
 
 }  // namespace
 
-double copy_us(const Limits& limits, CopyKind kind, int64_t bytes) {
+double copy_us(const Limits& limits, CopyKind kind, double bytes) {
   const double gbps = kind == CopyKind::kOffload ? limits.offload_gbps : limits.prefetch_gbps;
-  return limits.copy_latency_us + static_cast<double>(bytes) / (gbps * 1e3);
+  return limits.copy_latency_us + bytes / (gbps * 1e3);
 }
 
 bool may(const Liveness& live, const Limits& limits, int32_t storage, Decision decision) {
@@ -136,8 +136,7 @@ class Scheduler::State {
     profile();
     result_.least_device_bytes = most(live_bytes_, result_.short_at);
     result_.host_live_bytes = 0;
-    for (const Transfer& transfer : result_.transfers)
-      result_.host_live_bytes += live_.bytes[result_.episodes[transfer.episode].storage];
+    for (const Transfer& transfer : result_.transfers) result_.host_live_bytes += host_bytes_of(transfer);
     return result_;
   }
 
@@ -356,9 +355,11 @@ class Scheduler::State {
   }
 
   int64_t bytes_of(const Transfer& transfer) const { return live_.bytes[result_.episodes[transfer.episode].storage]; }
+  int64_t host_bytes_of(const Transfer& transfer) const {
+    return live_.host_bytes[result_.episodes[transfer.episode].storage];
+  }
   double us(const Transfer& transfer, CopyKind kind) const {
-    const int32_t storage = result_.episodes[transfer.episode].storage;
-    return copy_us(limits_, kind, live_.assignment.storages[storage].size_bytes);
+    return copy_us(limits_, kind, live_.link_bytes[result_.episodes[transfer.episode].storage]);
   }
 
   // When each instance would start if nothing were waited for.
@@ -581,8 +582,8 @@ class Scheduler::State {
     result_.device_live_bytes = most(live_bytes_, device_at);
     live_bytes_.assign(count() + 1, 0);
     for (const Transfer& transfer : result_.transfers) {
-      live_bytes_[transfer.offload_issue] += bytes_of(transfer);
-      live_bytes_[transfer.prefetch_wait] -= bytes_of(transfer);
+      live_bytes_[transfer.offload_issue] += host_bytes_of(transfer);
+      live_bytes_[transfer.prefetch_wait] -= host_bytes_of(transfer);
     }
     std::partial_sum(live_bytes_.begin(), live_bytes_.end(), live_bytes_.begin());
     int32_t host_at = 0;

@@ -110,6 +110,6 @@ class Scheduler {
 bool may(const Liveness& live, const Limits& limits, int32_t storage, Decision decision);
 
 // Microseconds on the link.
-double copy_us(const Limits& limits, CopyKind kind, int64_t bytes);
+double copy_us(const Limits& limits, CopyKind kind, double bytes);
 
 }  // namespace splitkern::memory

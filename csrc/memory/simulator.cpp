@@ -22,7 +22,7 @@ double transfer_us(const Plan& plan, const Copy& copy) {
     throw InvalidArgument(std::string("the plan copies ") + (is_offload ? "to" : "from") +
                           " the host, but its limits give no bandwidth: " + std::to_string(gbps) + " GB/s");
   }
-  return plan.limits.copy_latency_us + static_cast<double>(plan.storages[copy.storage].size_bytes) / gbps * 1e-3;
+  return plan.limits.copy_latency_us + link_bytes(plan.storages[copy.storage], copy.compressed) / gbps * 1e-3;
 }
 
 }  // namespace

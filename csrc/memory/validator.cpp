@@ -49,6 +49,8 @@ std::string_view to_string(Reason reason) {
       return "after";
     case Reason::kLink:
       return "link";
+    case Reason::kCompressed:
+      return "compression";
     case Reason::kLifetime:
       return "lifetime";
     case Reason::kPool:

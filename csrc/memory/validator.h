@@ -32,6 +32,7 @@ enum class Reason : uint8_t {
   kEndpoints,   // a copy between wrong pools or residencies of another storage
   kAfter,       // a copy after one that is of its own stream or not issued earlier
   kLink,        // a copy in a direction whose bandwidth is 0
+  kCompressed,  // a compressed copy without a measurement, without room for any values, or back as a plain one
   kLifetime,    // a residency that ends before it begins or lies outside the step
   kPool,        // a parameter, input or gradient that moves, or an activation among them
   kWorkspace,   // workspace that is missing, twice, or of an instance that needs none

@@ -1,7 +1,8 @@
-"""Time of a training step, split against unsplit, as interleaved pairs with an A/A control.
+"""Time of a training step, split against unsplit, or compiled without a budget against eager, as interleaved pairs with
+an A/A control.
 
 Every round runs each variant once, in an order that rotates, so that a slow moment of the machine hits all alike.
-Ratios are taken within a round. "unsplit again" is the control: a copy of the unsplit model, whose ratio shows what
+Ratios are taken within a round, to the first variant. A copy of it, "... again", is the control, whose ratio shows what
 the machine's noise alone makes of 1.
 """
 
@@ -35,6 +36,7 @@ class StepCase:
     memory_format: str = "contiguous"
     orders: tuple[str, ...] = ("patch", "layer")
     recompute: bool = False
+    compiled: bool = False
 
 
 def measure_step(
@@ -48,7 +50,8 @@ def measure_step(
     """Times `pairs` rounds after `warmup` rounds.
 
     Returns:
-        "case", "pairs" and "variants": per name the step's quartiles in ms and the quartiles of its ratio to "unsplit".
+        "case", "pairs", "base": name of the first variant; and "variants": per name the step's quartiles in ms and the
+        quartiles of its ratio to the base.
     """
     steps = _variants(case, device)
     names = list(steps)
@@ -63,10 +66,11 @@ def measure_step(
     return {
         "case": asdict(case),
         "pairs": pairs,
+        "base": names[0],
         "variants": {
             name: {
                 "step_ms": quartiles(times[name])._asdict(),
-                "ratio": quartiles([a / b for a, b in zip(times[name], times["unsplit"], strict=True)])._asdict(),
+                "ratio": quartiles([a / b for a, b in zip(times[name], times[names[0]], strict=True)])._asdict(),
             }
             for name in names
         },
@@ -74,7 +78,7 @@ def measure_step(
 
 
 def _variants(case: StepCase, device: torch.device) -> dict[str, Callable[[], None]]:
-    from splitkern import split_
+    from splitkern import compile, split_
 
     torch.manual_seed(0)
     memory_format = MEMORY_FORMATS[case.memory_format]
@@ -84,12 +88,22 @@ def _variants(case: StepCase, device: torch.device) -> dict[str, Callable[[], No
     images = torch.randn(case.batch, 3, case.image_size, case.image_size, device=device)
     images = images.contiguous(memory_format=memory_format)
     classes = torch.randint(1000, (case.batch,), device=device)
-    models = {"unsplit": copy.deepcopy(model), "unsplit again": copy.deepcopy(model)}
-    for order in case.orders:
-        models[f"split, order={order}"] = split_(
+
+    def split(order: str) -> nn.Module:
+        return split_(
             copy.deepcopy(model), images, grid=case.grid, until=case.until, boundary=case.boundary, norm=case.norm,
             order=order, recompute=case.recompute and order == "patch",
         )  # fmt: skip
+
+    if case.compiled:
+        (order,) = case.orders
+        eager = f"split, order={order}"
+        models = {eager: split(order), f"{eager} again": split(order)}
+        # No plan is made without a budget, so that it does not matter where durations come from.
+        models["compiled, budget=None"] = compile(split(order), images, budget=None, costs="paper")
+    else:
+        models = {"unsplit": copy.deepcopy(model), "unsplit again": copy.deepcopy(model)}
+        models |= {f"split, order={order}": split(order) for order in case.orders}
     return {name: _step(variant, images, classes) for name, variant in models.items()}
 
 

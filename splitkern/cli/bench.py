@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step = which.add_parser("step", help=step_text, description=step_text[0].upper() + step_text[1:] + ".")
     step.add_argument("--model", choices=MODEL_NAMES, default="resnet18", metavar="NAME", help="default resnet18")
     step.add_argument("--recompute", action="store_true", help="recompute with order=patch")
+    step.add_argument(
+        "--compiled",
+        action="store_true",
+        help="a split model compiled without a budget beside the same model as it is, instead of split beside unsplit",
+    )
     step.add_argument("--order", choices=("patch", "layer"), help="default: both, each beside the other")
     step.add_argument("--memory-format", choices=("contiguous", "channels_last"), help="default: both")
     step.add_argument("--pairs", type=integer(1), default=30, metavar="N", help="rounds that count (default 30)")
@@ -134,7 +139,8 @@ def _step(args: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
                 boundary=args.boundary,
                 norm=args.norm,
                 memory_format=memory_format,
-                orders=(args.order,) if args.order else ("patch", "layer"),
+                orders=(args.order,) if args.order else ("patch",) if args.compiled else ("patch", "layer"),
+                compiled=args.compiled,
                 recompute=args.recompute,
             )
             results.append(measure_step(case, pairs=args.pairs, warmup=args.warmup, device=device, on_round=bar.update))
@@ -166,7 +172,7 @@ def _step_table(results: Sequence[dict[str, Any]]) -> str:
             [name, *(Quartiles(**variant[key]).text() for key in ("step_ms", "ratio"))]
             for name, variant in result["variants"].items()
         ]
-        header = ["median [quartiles]", "step, ms", "ratio to unsplit"]
+        header = ["median [quartiles]", "step, ms", f"ratio to {result['base']}"]
         title = f"{_describe(result['case'])}, {result['pairs']} interleaved rounds"
         parts.append(f"{title}\n" + table(header, rows))
     return "\n\n".join(parts)

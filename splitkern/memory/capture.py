@@ -331,7 +331,7 @@ def capture(
     modules = _modules(model, loss)
     _require_capturable(modules)
     with ExitStack() as stack:
-        stack.enter_context(_without_recomputation(model))
+        stack.enter_context(without_recomputation(model))
         stack.enter_context(_unchanged(modules))
         stack.enter_context(_fresh_autocast_cache())
         capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients, device_type)
@@ -383,12 +383,12 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
-    forward = split_forward_of(modules[""])
-    if forward is not None and forward.enabled and forward.options.boundary == "stochastic" and forward.model.training:
-        raise CaptureError(
-            'the model is split with boundary="stochastic", whose boundaries change every step; '
-            'capture it with boundary="zero" or "halo"'
-        )
+        split = split_forward_of(module)
+        if split is not None and split.is_drawing and split.chosen is None:
+            raise CaptureError(
+                f'{_where(path, module)} is split with boundary="stochastic", whose boundaries change every step; '
+                'capture it with boundary="zero" or "halo"'
+            )
 
 
 def _where(path: str, module: nn.Module) -> str:
@@ -396,7 +396,8 @@ def _where(path: str, module: nn.Module) -> str:
 
 
 @contextmanager
-def _without_recomputation(model: nn.Module) -> Iterator[None]:
+def without_recomputation(model: nn.Module) -> Iterator[None]:
+    """A split model as if split without ``recompute``; any other as it is."""
     forward: SplitForward | None = split_forward_of(model)
     if forward is None:
         yield
@@ -472,6 +473,9 @@ class _Capture:
         names: dict[int, str] = {}
         for path, module in modules.items():
             names.setdefault(id(module), path)
+        others: Any = getattr(model, "capture_names", None)
+        if others is not None:  # of modules that run inside the model without being its own
+            names = others() | names
         self.labels = Labels(self.recorder, names)
         self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
@@ -634,8 +638,12 @@ class _Capture:
         what = f"{operator} in {where}" if operator else where
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
-        elif isinstance(error, UnsupportedOperatorException):
-            reason = "the operator has no shape rule (register_fake)"
+        elif isinstance(error, UnsupportedOperatorException) or "no fake impl registered" in str(error):
+            qualified = "::".join(operator.split(".")[:2])
+            reason = (
+                "the operator has no fake implementation, which tells the shapes of its results beforehand; "
+                f'register one with torch.library.register_fake("{qualified}", ...)'
+            )
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return CaptureError(f"cannot capture {what} ({self.phase}): {reason}")

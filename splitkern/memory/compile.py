@@ -41,6 +41,7 @@ class CompiledForward:
         # What the instance had before, such as the forward of a split; None: the class's own.
         self.inner: Callable[..., Any] | None = model.__dict__.get("forward")
         self.replans = 0
+        self._redraws = 0  # under earlier plans
         self._steps: dict[Any, PlannedStep] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -48,7 +49,13 @@ class CompiledForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.replans, self._steps = 0, {}
+        self.replans, self._redraws, self._steps = 0, 0, {}
+
+    @property
+    def redraws(self) -> int:
+        """How often stochastic boundaries were drawn again because those drawn did not fit the budget."""
+        drawn = (step.draws for step in self._steps.values())
+        return self._redraws + sum(one.redraws for one in drawn if one is not None)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computed before it was compiled."""
@@ -84,7 +91,7 @@ class CompiledForward:
     def prepare(self, args: tuple[Any, ...]) -> PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""
         # Of all plans one is kept, and it goes before the next one comes: arenas are as large as the budget.
-        self._steps = {}
+        self._redraws, self._steps = self.redraws, {}
         with _as_before(self):
             planned = PlannedStep(self.model, args, self.options)
         self._steps = {self._key(args): planned}
@@ -164,6 +171,7 @@ def compile(
     accumulate: bool = False,
     in_flight: int = 1,
     strict: bool = False,
+    compress: bool = False,
     execution: ExecutorOptions | None = None,
 ) -> Model:
     """Make the training step of a model instance run in a byte budget, by offload and recomputation (HMMS).
@@ -171,6 +179,10 @@ def compile(
     An ordinary training loop then runs as planned: the forward pass in training mode with gradients enabled, and its
     backward pass; everything else (evaluation, ``no_grad``) runs as before. Gradients are those of the same kernels
     without a budget, to the bit. Inputs of other shapes or types, or changed training flags, are planned anew.
+
+    Of a model split with ``boundary="stochastic"`` one plan serves all draws: decided once, with new sizes and
+    addresses in every step. A draw that does not fit the budget is drawn again, and counted in
+    ``model.forward.redraws``; until the first of them a seed gives the boundaries that it gives without `compile`.
 
     The budget covers the arena, the reserve for operations that allocate, parameters, buffers, their gradients, inputs,
     and what `optimizer_bytes` says; on a GPU the CUDA context comes on top.
@@ -189,6 +201,8 @@ def compile(
             with ``set_to_none=False``), so that the budget holds each twice.
         in_flight: forward passes that may wait for their backward pass at a time, each with an arena of its own.
         strict: refuse inputs of other shapes instead of planning anew.
+        compress: offload without zeros, lossless, what compresses well on `example_inputs`: a forward pass on them
+            measures it. Later values that compress less take longer on the link, and are right all the same.
         execution: how copies run; `ExecutorOptions(debug=True)` checks every copy and poisons freed memory.
 
     Returns:
@@ -223,6 +237,8 @@ def compile(
         raise ValueError(f"optimizer_bytes must not be negative, got {optimizer_bytes}")
     if not isinstance(in_flight, int) or in_flight < 1:
         raise ValueError(f"in_flight must be a whole number of at least 1, got {in_flight!r}")
+    if compress and budget is None:
+        raise ValueError("compress=True needs a budget: with budget=None nothing is offloaded")
     options = CompileOptions(
         budget=_bytes("budget", budget),
         host_budget=_bytes("host_budget", host_budget),
@@ -233,6 +249,7 @@ def compile(
         accumulate=accumulate,
         in_flight=in_flight,
         strict=strict,
+        compress=compress,
         execution=ExecutorOptions() if execution is None else execution,
     )
     arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from splitkern import _core
+from splitkern import _core, _library
 from splitkern.memory.bound_calls import Bound, BoundCall, Slot, tensor_of
 from splitkern.memory.capture import CapturedOperation, CapturedStep
 from splitkern.memory.graphs import PieceGraphs
@@ -39,6 +40,7 @@ class ExecutorOptions:
         debug: compare every offloaded storage on its way back with what left, and fill freed bytes with NaN.
         max_delay_us: on the CPU, every action of a copy rests for a random time up to this, to shake the order.
         seed: of these delays.
+        count_every: steps; in the first of so many, what compressed copies put on the link is counted.
         cuda_graphs: launch every stretch of operations without copies as one CUDA graph. Inputs and gradients are then
             copied, to and from memory that stays.
     """
@@ -48,6 +50,7 @@ class ExecutorOptions:
     debug: bool = False
     max_delay_us: int = 0
     seed: int = 0
+    count_every: int = 64
     cuda_graphs: bool = False
 
 
@@ -98,14 +101,18 @@ class Arenas:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A parameter as it was bound."""
+    """A parameter as it was bound. It may go while the executor stays."""
 
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     address: int
     strides: tuple[int, ...]
 
+    @classmethod
+    def of(cls, value: Tensor) -> _Kept:
+        return cls(weakref.ref(value), value.data_ptr(), value.stride())
+
     def is_still(self, value: Tensor) -> bool:
-        return value is self.tensor and value.data_ptr() == self.address and value.stride() == self.strides
+        return value is self.tensor() and value.data_ptr() == self.address and value.stride() == self.strides
 
 
 class StepExecutor:
@@ -154,6 +161,8 @@ class StepExecutor:
                 self._storage_of[member] = number
         predicted = plan.predicted
         self.arenas = arenas or Arenas(predicted.device_peak_bytes, predicted.host_peak_bytes, step.device)
+        self._typed: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[int, int], Tensor] = {}
         self._sources = self._outside_storages()
         # By storage outside the arena: the slots of its tensors, and what is bound.
         self._slots: dict[int, dict[int, Slot]] = {storage: {} for storage in self._sources}
@@ -193,6 +202,7 @@ class StepExecutor:
             "max_in_flight": options.copies_in_flight,
             "checksums": options.debug,
             "poison": options.debug,
+            "count_every": options.count_every,
         }
         device = self.step.device
         if device.type == "cpu":
@@ -206,6 +216,7 @@ class StepExecutor:
             **common,
             device_index=self._stream.device_index,
             compute_stream=self._stream.cuda_stream,
+            copy_slots=_library.copy_slots_address() if any(copy.compressed for copy in self.plan.copies) else 0,
         )
 
     def _current_stream(self) -> torch.cuda.Stream | None:
@@ -231,28 +242,38 @@ class StepExecutor:
         parameters = _core.PoolKind.PARAMETERS
         return found | {residency.storage for residency in self.plan.residencies if residency.pool == parameters}
 
-    def _view(self, arena: Tensor, offset_bytes: int, place: int) -> Tensor:
-        tensor = self.step.tensors[place]
-        size_bytes = self.step.storages[tensor.storage].size_bytes
-        item = tensor.element_bytes
-        usable = arena[offset_bytes : offset_bytes + size_bytes // item * item].view(tensor.dtype)
-        return usable.as_strided(tensor.sizes, tensor.strides, usable.storage_offset() + tensor.offset_bytes // item)
+    def _view(self, offset_bytes: int, place: int) -> Tensor:
+        """A tensor at an address of the device arena: one view, whichever instances use it."""
+        view = self._views.get((place, offset_bytes))
+        if view is None:
+            tensor = self.step.tensors[place]
+            item = tensor.element_bytes
+            typed = self._typed.get(tensor.dtype)
+            if typed is None:
+                arena = self.arenas.device
+                typed = self._typed[tensor.dtype] = arena[: arena.numel() // item * item].view(tensor.dtype)
+            offset = typed.storage_offset() + (offset_bytes + tensor.offset_bytes) // item
+            view = self._views[place, offset_bytes] = typed.as_strided(tensor.sizes, tensor.strides, offset)
+        return view
 
     def _view_at(self, place: int, boundary: int) -> Bound:
         """The tensor where the plan has it when the instance behind a boundary runs."""
         storage = self._storage_of[self.step.tensors[place].storage]
         if storage in self._sources:
             return self._slots[storage].setdefault(place, Slot(place))
-        for residency in self._residencies.get(storage, ()):
-            if residency.begin <= boundary < residency.end:
-                return self._view(self.arenas.device, residency.offset_bytes, place)
+        for begin, end, offset_bytes in self._residencies.get(storage, ()):
+            if begin <= boundary < end:
+                return self._view(offset_bytes, place)
         raise AssertionError(f"a valid plan has storage {storage} on the device at boundary {boundary}")
 
     def _bind_instances(self) -> list[BoundCall]:
-        self._residencies: dict[int, list[_core.Residency]] = {}
+        # On the device, by storage: begin, end, offset. Attributes of a plan are slow to read.
+        self._residencies: dict[int, list[tuple[int, int, int]]] = {}
+        device = _core.PoolKind.DEVICE
         for residency in self.plan.residencies:
-            if residency.pool == _core.PoolKind.DEVICE and residency.storage >= 0:
-                self._residencies.setdefault(residency.storage, []).append(residency)
+            if residency.storage >= 0 and residency.pool == device:
+                found = residency.begin, residency.end, residency.offset_bytes
+                self._residencies.setdefault(residency.storage, []).append(found)
         bound = []
         for number, instance in enumerate(self.plan.instances):
             operation = self.step.operations[instance.operation]
@@ -573,7 +594,7 @@ class StepExecutor:
             return
         # `detach` shares the version counter, by which a change in place is seen.
         self._bind(place, value.detach(), copies=False)
-        self._kept[storage] = _Kept(value, value.data_ptr(), value.stride())
+        self._kept[storage] = _Kept.of(value)
         if self._graphs is not None:
             self._graphs.clear()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from splitkern import _core
 from splitkern.memory.accounting import Accounting, accounting_of
 from splitkern.memory.capture import CapturedStep, capture
+from splitkern.memory.compression import CompressionReport, compression_report, measure_compression, with_compression
 from splitkern.memory.cost_model import CostModel
+from splitkern.memory.draws import SAMPLED_DRAWS, Drawing, DrawnSteps, capture_family, decide, drawing_split_of
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from splitkern.memory.family import Family
 from splitkern.memory.graphs import require_graphs
 from splitkern.memory.profile import DurationCache, measure_link, measure_step, measure_workspaces
 from splitkern.memory.report import bytes_text
@@ -51,6 +56,7 @@ class CompileOptions:
     accumulate: bool
     in_flight: int
     strict: bool
+    compress: bool
     execution: ExecutorOptions
 
 
@@ -62,19 +68,17 @@ class CompiledPlan:
         graph: of the step.
         plan: of the graph.
         accounting: what lies on the device beside the arena.
+        arena_bytes: device memory for one step's activations; more than the plan needs where patch boundaries are drawn
+            afresh in every step: graph and plan are then those of the even boundaries.
     """
 
     graph: _core.Graph
     plan: _core.Plan
     accounting: Accounting
+    arena_bytes: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledPlan:
         return self  # nothing in it ever changes
-
-    @property
-    def arena_bytes(self) -> int:
-        """Device memory for one step's activations."""
-        return self.plan.predicted.device_peak_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -119,9 +123,9 @@ class CompiledPlan:
         return {
             "peak_bytes": self.peak_bytes,
             "arena_bytes": self.arena_bytes,
-            "reserve_bytes": self.reserve_bytes,
             "given_bytes": self.accounting.given_bytes,
             "gradient_bytes": self.accounting.gradient_bytes,
+            "reserve_bytes": self.reserve_bytes,
             "beside_bytes": self.accounting.beside_bytes,
             "host_bytes": self.host_bytes,
             "predicted_step_ms": self.predicted_step_ms,
@@ -164,28 +168,103 @@ class PlannedStep:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], options: CompileOptions) -> None:
-        step = capture(model, args, given_gradients=True)
-        if options.execution.cuda_graphs:
-            require_graphs(step.device, debug=options.execution.debug)
+        step, family, drawing = _capture(model, args, options)
         step, workspaces, rates = _on_machine(step, options)
         graph = _core.Graph.from_json(step.graph_json())
-        plan, accounting = _plan(step, graph, workspaces, rates, options)
-        self.executors = [StepExecutor(step, graph, plan, options.execution) for _ in range(options.in_flight)]
-        self.plan = CompiledPlan(graph, plan, accounting)
+        #: Where patch boundaries are drawn afresh in every step.
+        self.draws: DrawnSteps | None = None
+        if family is not None and drawing is not None:
+            family = family.with_base(step)
+            workspaces = _of_largest(workspaces, step, family.step(family.largest(drawing.ranges)))
+            numbers = [family.numbers(draw) for draw in drawing.samples(SAMPLED_DRAWS)]
+            samples = [_core.with_sizes(graph, family.graph_numbers(one)) for one in numbers]
+            plan, accounting = _plan(step, graph, workspaces, rates, options, samples)
+            most = None if options.budget is None else accounting.arena_under(options.budget)
+            self.draws = DrawnSteps(drawing, family, graph, plan, options.execution, most)
+            self.executors = [self.draws.even]
+        else:
+            plan, accounting = _plan(step, graph, workspaces, rates, options)
+            if options.compress:
+                # By the plain plan, within the budget; its arenas go before those of the compressed plan come.
+                execution = replace(options.execution, cuda_graphs=False)
+                measured = measure_compression(StepExecutor(step, graph, plan, execution), *_tensors_of(model, args))
+                graph = with_compression(graph, measured)
+                plan, accounting = _plan(step, graph, workspaces, rates, options)
+            self.executors = [StepExecutor(step, graph, plan, options.execution) for _ in range(options.in_flight)]
+        self.plan = CompiledPlan(graph, plan, accounting, self.executors[0].arenas.device.numel())
         assert step.structure is not None
         self.step = step
         self.workspace_bytes = workspaces
         self._structure = step.structure
         self._differentiable = step.differentiable
+        self._drawn = self.executors[0]
+
+    @property
+    def compression(self) -> CompressionReport:
+        """How far offloads are compressed: by the plan, and in the steps that were counted since."""
+        return compression_report(self.plan.plan, [one.copied for one in self.executors])
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> Any:
-        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers(remove_duplicate=False))
-        # One that is free; else the one whose forward pass is the oldest gives it up.
-        executor = min(self.executors, key=lambda one: (one.next_part is not None, one.begun_at))
-        outputs = run_step(executor, tensors, inputs, self._differentiable, kept=len(self.executors))
+        tensors, inputs = _tensors_of(model, args)
+        outputs = run_step(self._next(), tensors, inputs, self._differentiable, kept=len(self.executors))
+        if self.draws is not None:
+            self.draws.look_ahead()
         return tree_unflatten(outputs, self._structure)
+
+    def _next(self) -> StepExecutor:
+        """Of the step that begins: one that is free; else the one whose forward pass is the oldest gives it up."""
+        if self.draws is None:
+            return min(self.executors, key=lambda one: (one.next_part is not None, one.begun_at))
+        executor = self.draws.take()
+        # All draws run in the same arenas.
+        self._drawn.give_up(self._drawn.number)
+        self._drawn = executor
+        return executor
+
+
+def _capture(
+    model: nn.Module, args: tuple[Any, ...], options: CompileOptions
+) -> tuple[CapturedStep, Family | None, Drawing | None]:
+    """The step; where boundaries are drawn, that of the even ones, with how it depends on them."""
+    split = drawing_split_of(model)
+    execution = options.execution
+    if split is None:
+        step = capture(model, args, given_gradients=True)
+        if execution.cuda_graphs:
+            require_graphs(step.device, debug=execution.debug)
+        return step, None, None
+    for name, given in (
+        ("in_flight above 1", options.in_flight > 1),
+        ("cuda_graphs", execution.cuda_graphs),
+        ("compress", options.compress),
+    ):
+        if given:
+            raise ValueError(
+                f'{name} is not possible for a model split with boundary="stochastic", whose steps differ and share '
+                'one arena; leave it out, or split with boundary="zero"'
+            )
+    family, drawing = capture_family(split, lambda: capture(model, args, given_gradients=True))
+    return family.base, family, drawing
+
+
+def _of_largest(workspace_bytes: list[int], base: CapturedStep, largest: CapturedStep) -> list[int]:
+    """What operations allocate at the largest boundaries, from what they did at the base's: by their tensors' sizes."""
+
+    def touched(step: CapturedStep, index: int) -> int:
+        operation = step.operations[index]
+        return sum(math.prod(step.tensors[place].sizes) for place in (*operation.reads, *operation.writes))
+
+    return [
+        math.ceil(size * max(1.0, touched(largest, index) / max(touched(base, index), 1)))
+        for index, size in enumerate(workspace_bytes)
+    ]
+
+
+def _tensors_of(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Parameters and buffers by name, and inputs, as an executor takes them."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    return tensors, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
 
 
 def _on_machine(step: CapturedStep, options: CompileOptions) -> tuple[CapturedStep, list[int], dict[str, float]]:
@@ -218,8 +297,9 @@ def _plan(
     workspace_bytes: list[int],
     rates: dict[str, float],
     options: CompileOptions,
+    samples: Sequence[_core.Graph] = (),
 ) -> tuple[_core.Plan, Accounting]:
-    """The plan, and what lies beside its arena."""
+    """The plan, whose decisions fit the samples too, and what lies beside its arena."""
 
     def account(plan: _core.Plan) -> Accounting:
         return accounting_of(
@@ -248,11 +328,13 @@ def _plan(
                 copy_latency_us=rates.get("copy_latency_us", 0.0),
             )
             try:
-                plan = _core.plan(graph, limits, strategy=options.strategy)
+                plan = decide(graph, samples, limits, options.strategy)
             except _core.Infeasible as error:
                 raise _budget_error(error, budget, parameters_bytes, accounting, options) from error
             found = account(plan)
-            if found.budget_for(plan.predicted.device_peak_bytes) <= budget:
+            # Draws of boundaries may use all that the limits leave to the arena.
+            allowed = accounting.arena_under(budget) if samples else plan.predicted.device_peak_bytes
+            if found.budget_for(max(allowed, 0)) <= budget:
                 return plan, found
             # What is recomputed allocates when more gradients are there than in the step as captured.
             accounting = replace(found, outside_bytes=max(found.outside_bytes, accounting.outside_bytes + 1))

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,9 +247,14 @@ def measure_step(
 def _measure(step: CapturedStep, index: int, device: torch.device, timer: Timer, budget_ms: float) -> Measured:
     from splitkern.benchmarks.gpu_timing import measure
 
-    with _named(step, index, device):
+    with _named(step, index, device), _random_state_kept(device):
         timing = measure(timer, {"operation": step.runnable(index, device)}, budget_ms=budget_ms)["operation"]
     return Measured(timing.ms.median * 1e3, timing.samples, 0)
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Operations that draw, such as dropout, leave the random state as it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager
@@ -290,7 +295,7 @@ def measure_workspaces(
         first.setdefault(name, index)
     if not first:
         return []
-    with AllocatedBytes(device) as allocated:
+    with _random_state_kept(device), AllocatedBytes(device) as allocated:
         for name, index in first.items():
             with _named(step, index, device):
                 run = step.runnable(index, device)

@@ -189,7 +189,8 @@ def step_report(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, rep
         repeats: steps to time; two more come before them.
 
     Raises:
-        ValueError: the model is not compiled, in evaluation mode, or `repeats` is less than 1.
+        ValueError: the model is not compiled, in evaluation mode, or draws its boundaries in every step; `repeats` is
+            less than 1.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 10))
@@ -211,6 +212,10 @@ def step_report(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, rep
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     with _put_back(model, args):
         planned = forward.planned(args)
+        if planned.draws is not None:
+            raise ValueError(
+                'steps of a model split with boundary="stochastic" differ: there is no one plan to compare'
+            )
         executor = planned.executors[0]
         try:
             return _measure(model, args, planned, executor, repeats)

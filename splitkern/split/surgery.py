@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from splitkern import geometry
 from splitkern.geometry import Bounds
-from splitkern.split import execute
+from splitkern.split import execute, operator
 from splitkern.split.layout import Layout, axis_extents, axis_layout
 from splitkern.split.operations import BatchNorm
 from splitkern.split.options import Options, check_norm, make_options
@@ -43,6 +43,11 @@ class SplitForward:
         self.options = options
         self.constants = constants
         self.enabled = True
+        #: Whether the model returns one tensor; None where no program has been built yet.
+        self.returns_tensor: bool | None = None
+        self.name = operator.register(self)
+        #: Gives the layout instead of a draw, while a step is captured: see :meth:`choosing`.
+        self.chosen: Callable[[Program, tuple[int, int]], Layout] | None = None
         self._programs: dict[bool, Program] = {}
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
 
@@ -52,15 +57,48 @@ class SplitForward:
             "options": self.options,
             "constants": self.constants,
             "enabled": self.enabled,
+            "returns_tensor": self.returns_tensor,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.returns_tensor = None
         self.__dict__.update(state)
-        self._programs, self._layouts = {}, OrderedDict()
+        self.name = operator.register(self)
+        self._programs, self._layouts, self.chosen = {}, OrderedDict(), None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, options = self.model, self.options
-        if not self.enabled or not (model.training or options.evaluation == "split"):
+        if torch.compiler.is_dynamo_compiling() and self._is_split():
+            if self._is_one_operator(args, kwargs):
+                return operator.split_forward(self.name, args, operator.state_of(self.model))
+            if operator.is_for_planner:
+                args = tuple(operator.mark_untraced(self.name, value) for value in args)
+                kwargs = {key: operator.mark_untraced(self.name, value) for key, value in kwargs.items()}
+        return self.run(*args, **kwargs)
+
+    def _is_split(self) -> bool:
+        return self.enabled and (self.model.training or self.options.evaluation == "split")
+
+    def _is_one_operator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether Dynamo's graph can hold this forward pass as one operator; Dynamo guards all that is read here.
+
+        Not where each step draws boundaries; where backward recomputes, only for the planner, which decides that anew:
+        other graphs would lose it.
+        """
+        options = self.options
+        is_training = [module.training for module in self.model.modules()]  # the graph holds only where all stay
+        return (
+            len(is_training) > 0
+            and self.returns_tensor is True
+            and (not options.recompute or operator.is_for_planner)
+            and options.boundary != "stochastic"
+            and not kwargs
+            and all(isinstance(value, Tensor) for value in args)
+        )
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass: region in patches, then the rest."""
+        model = self.model
+        if not self._is_split():
             return type(model).forward(model, *args, **kwargs)
         program = self.program(model.training)
         values = self._bind(program, args, kwargs)
@@ -79,6 +117,7 @@ class SplitForward:
             check_norm(self.options, first_batch_norm(program))
             check_no_hooks(program)
             self._programs[training] = program
+            self.returns_tensor = isinstance(program.tail[-1].args[0], fx.Node)
             self._layouts.clear()
         return program
 
@@ -110,8 +149,8 @@ class SplitForward:
     def layout(self, program: Program, extents: tuple[int, int]) -> Layout:
         """The cut for an input size; drawn afresh for stochastic boundaries in training."""
         key = (id(program), extents)
-        if self.options.boundary == "stochastic" and self.model.training:
-            return self._draw(program, extents)
+        if self.is_drawing:
+            return self.draw(program, extents) if self.chosen is None else self.chosen(program, extents)
         if key not in self._layouts:
             self._layouts[key] = make_layout(program, extents, self.options)
         self._layouts.move_to_end(key)
@@ -119,16 +158,40 @@ class SplitForward:
             self._layouts.popitem(last=False)
         return self._layouts[key]
 
-    def _draw(self, program: Program, extents: tuple[int, int]) -> Layout:
+    @property
+    def is_drawing(self) -> bool:
+        """Whether a forward pass draws its boundaries now."""
+        return self.enabled and self.options.boundary == "stochastic" and self.model.training
+
+    def draw(self, program: Program, extents: tuple[int, int], generator: torch.Generator | None = None) -> Layout:
+        """A cut with boundaries drawn as a training forward pass draws them, before anything else that it draws.
+
+        Args:
+            program: of :meth:`program`.
+            extents: height and width of the images.
+            generator: source of randomness; PyTorch's default CPU generator where None.
+
+        Raises:
+            ValueError: where no draw fits the network.
+        """
         refusal: ValueError | None = None
         for _ in range(_DRAWS):
             try:
-                return make_layout(program, extents, self.options, draw=True)
+                return make_layout(program, extents, self.options, draw=True, generator=generator)
             except ValueError as error:
                 refusal = error
         raise ValueError(
             f"none of {_DRAWS} draws of stochastic boundaries fits; use fewer patches or a smaller wiggle ({refusal})"
         )
+
+    @contextmanager
+    def choosing(self, choose: Callable[[Program, tuple[int, int]], Layout]) -> Iterator[None]:
+        """Inside the block nothing is drawn: `choose` gives the layout for a program and an input size."""
+        self.chosen = choose
+        try:
+            yield
+        finally:
+            self.chosen = None
 
 
 def first_batch_norm(program: Program) -> str | None:
@@ -159,8 +222,22 @@ def _check_image(name: str, image: object) -> None:
         raise ValueError(f"{name} must be a batch of images [N, C, H, W], got {came}")
 
 
-def make_layout(program: Program, extents: tuple[int, int], options: Options, *, draw: bool = False) -> Layout:
+def make_layout(
+    program: Program,
+    extents: tuple[int, int],
+    options: Options,
+    *,
+    draw: bool = False,
+    generator: torch.Generator | None = None,
+) -> Layout:
     """Cut a program's region for one input size.
+
+    Args:
+        program: of a split model.
+        extents: height and width of the images.
+        options: of the split.
+        draw: draw the boundaries at the joins instead of spacing them evenly.
+        generator: what they are drawn from; PyTorch's default CPU generator where None.
 
     Raises:
         ValueError: where the grid does not fit the join or the boundaries cannot be carried back.
@@ -176,7 +253,7 @@ def make_layout(program: Program, extents: tuple[int, int], options: Options, *,
             if name in read:
                 continue
             if shares is None:
-                joins[name] = _join_bounds(options, axis, name, sizes[name], draw)
+                joins[name] = _join_bounds(options, axis, name, sizes[name], draw, generator)
                 shares = [bound / sizes[name] for bound in joins[name]]
             else:
                 joins[name] = tuple(round(share * sizes[name]) for share in shares)
@@ -184,7 +261,9 @@ def make_layout(program: Program, extents: tuple[int, int], options: Options, *,
     return Layout(region.operations, axes[0], axes[1], options.boundary == "halo")
 
 
-def _join_bounds(options: Options, axis: int, name: str, extent: int, draw: bool) -> Bounds:
+def _join_bounds(
+    options: Options, axis: int, name: str, extent: int, draw: bool, generator: torch.Generator | None
+) -> Bounds:
     cut = options.grid[axis]
     what = ("height", "width")[axis]
     if not isinstance(cut, int):
@@ -195,7 +274,7 @@ def _join_bounds(options: Options, axis: int, name: str, extent: int, draw: bool
             f"grid: {('rows', 'columns')[axis]} must be at most the {what} {extent} of the join ({name}), got {cut}"
         )
     if draw:
-        return geometry.draw_bounds(extent, cut, options.wiggle)
+        return geometry.draw_bounds(extent, cut, options.wiggle, generator)
     return geometry.even_bounds(extent, cut)
 
 

@@ -60,6 +60,14 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
             assert 0 < step["lower"] <= step["median"] <= step["upper"]
 
 
+def test_step_of_a_compiled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*STEP, "--compiled", "--memory-format", "contiguous", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert list(result["variants"]) == ["split, order=patch", "split, order=patch again", "compiled, budget=None"]
+    assert result["base"] == "split, order=patch" and result["variants"][result["base"]]["ratio"]["median"] == 1.0
+    assert result["case"]["compiled"]
+
+
 def test_step_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*STEP, "--memory-format", "contiguous", "--order", "patch"]) == 0
     text = capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -34,6 +36,15 @@ def run(*command: str) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}"
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A build folder for one process at a time: those of pytest-xdist share it, and the second finds all built."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
     """The tensors are tiny: handing them to a thread pool costs more than all the arithmetic."""
@@ -62,14 +73,15 @@ def host_build() -> Path:
     torch_folder = Path(torch.__file__).parent
     # torch's version is part of the path: objects built against one torch's headers are not another's.
     build = ROOT / "build" / f"host_execution-{torch.__version__}"
-    run(
-        cmake,
-        *("-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-        *("-DSPLITKERN_BUILD_HOST_EXECUTION=ON", "-DSPLITKERN_CUDA=OFF", "-DSPLITKERN_VERSION=test"),
-        f"-DSPLITKERN_TORCH_INCLUDE={torch_folder / 'include'}",
-        f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
-    )
-    run(cmake, "--build", str(build), "--target", "_ops_host_execution", "--parallel", "2")
+    with locked(build):
+        run(
+            cmake,
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+            *("-DSPLITKERN_BUILD_HOST_EXECUTION=ON", "-DSPLITKERN_CUDA=OFF", "-DSPLITKERN_VERSION=test"),
+            f"-DSPLITKERN_TORCH_INCLUDE={torch_folder / 'include'}",
+            f"-DSPLITKERN_TORCH_LIB={torch_folder / 'lib'}",
+        )
+        run(cmake, "--build", str(build), "--target", "_ops_host_execution", "--parallel", "2")
     return build
 
 
@@ -80,7 +92,8 @@ def build_target(host_build: Path) -> Callable[[str], Path]:
     def build(name: str) -> Path:
         cmake = find_tool("cmake")
         assert cmake is not None
-        run(cmake, "--build", str(host_build), "--target", name, "--parallel", "2")
+        with locked(host_build):
+            run(cmake, "--build", str(host_build), "--target", name, "--parallel", "2")
         return host_build / name
 
     return build

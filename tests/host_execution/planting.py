@@ -118,7 +118,7 @@ def changed_objects(
         objects.append(str(folder / f"{path.stem}.o"))
         words = [word.replace(str(ROOT / "csrc"), str(source)) for word in words]
         words[words.index("-o") + 1] = objects[-1]
-        run(*words, *flags, *(["-O0"] if path.name == "library.cpp" else []))
+        run(*words, *flags)
     assert not again, f"the build has no command for {again}"
     return compiler, objects
 
@@ -127,8 +127,8 @@ def build_with(bug: Bug, host_build: Path, folder: Path) -> Build:
     """The library with some kernels compiled from a changed copy, its operators in a namespace of their own."""
     namespace = "splitkern_" + "".join(c if c.isalnum() else "_" for c in bug.name)
     compiler, objects = changed_objects(
-        *(bug, host_build, folder, ("_ops_host_execution", "host_execution_machine"), {"library.cpp"}),
-        *("-O2", f"-DSPLITKERN_HOST_NAMESPACE={namespace}"),
+        *(bug, host_build, folder, ("_ops_host_execution", "host_execution_machine"), {"namespace.cpp"}),
+        *("-O0", f'-DSPLITKERN_HOST_NAMESPACE="{namespace}"'),
     )
     library = folder / f"{namespace}.so"
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"

@@ -10,6 +10,7 @@ from tests.kernel_checks.cases import (
     EMPTY,
     GENERATED,
     LONG_REDUCTION,
+    MANY_ON_BOTH_AXES,
     NAMED,
     ONE_PATCH_WITHOUT_PADDING,
     Case,
@@ -105,6 +106,10 @@ def test_batch_norm_types_and_layouts(operators: Operators, case: Case, dtype: t
 def test_expanded_gradient(operators: Operators) -> None:
     """What ``output.sum().backward()`` hands over: a tensor whose strides are all zero."""
     comparisons.conv2d_expanded_gradient(operators, BY_NAME["uneven 2x2"])
+
+
+def test_more_patches_on_both_axes_than_one_launch_holds(operators: Operators) -> None:
+    comparisons.conv2d(operators, MANY_ON_BOTH_AXES, torch.float32, "channels_last")
 
 
 def test_long_reductions_are_cut_into_many_segments(operators: Operators) -> None:

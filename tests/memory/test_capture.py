@@ -576,3 +576,38 @@ def test_bad_arguments() -> None:
 def test_shape_errors_name_the_module() -> None:
     with pytest.raises(CaptureError, match=r"module '0\.0' \(Conv2d\) \(forward\)"):
         capture(vgg(), torch.randn(2, 3, 24, 24).double(), loss=F.cross_entropy, targets=LABELS)
+
+
+def _twice() -> Any:
+    @torch.library.custom_op("splitkern_tests::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    twice.register_autograd(lambda _, grad: grad * 2)
+    return twice
+
+
+def _thrice() -> Any:
+    library = torch.library.Library("splitkern_tests", "FRAGMENT")
+    library.define("thrice(Tensor x) -> Tensor")
+    library.impl("thrice", lambda x: x * 3, "CPU")
+    return library, torch.ops.splitkern_tests.thrice
+
+
+@pytest.mark.parametrize(("name", "make"), [("twice", _twice), ("thrice", _thrice)])
+def test_operators_without_a_fake_implementation_are_named(name: str, make: Callable[[], Any]) -> None:
+    made = make()
+    function = made[1] if isinstance(made, tuple) else made
+
+    class Custom(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = function(x)
+            return result
+
+    model = nn.Sequential(nn.Linear(4, 4), Custom())
+    wanted = rf"splitkern_tests\.{name}\.default in module '1' \(Custom\).*register_fake\(\"splitkern_tests::{name}\""
+    with pytest.raises(CaptureError, match=wanted):
+        capture(model, torch.ones(2, 4), given_gradients=True)
+    with pytest.raises(CaptureError, match=wanted):
+        sk.compile(model, torch.ones(2, 4), budget=None, costs="paper")
+    assert "forward" not in model.__dict__

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,6 +151,16 @@ def test_dropout_draws_what_eager_training_draws() -> None:
     expected = train(copy.deepcopy(model))
     compile(model, IMAGES, budget=budget_of(model, 0.5), costs="paper", link_gbps=1, execution=SHAKEN)
     require_equal(train(model), expected)
+
+
+@pytest.mark.parametrize("costs", ["paper", "measured"])
+def test_the_random_state_stays(costs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though operations that draw are run to be measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = small(dropout=0.5)
+    before = torch.get_rng_state()
+    compile(model, IMAGES, budget="1GiB", costs=costs, link_gbps=1)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_gradients_accumulate_and_reach_the_input() -> None:

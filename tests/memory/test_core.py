@@ -63,6 +63,7 @@ VALUES = [
     _core.Copy(kind=_core.CopyKind.PREFETCH, storage=2, source=1, destination=3, issue=4, wait=6, after=[0]),
     _core.Boundary(waits=[1], issues=[2, 3]),
     _core.PlanStorage(size_bytes=5, members=[1, 2]),
+    _core.Compression(ratio=1.5, element_bytes=4),
     _core.FusedSum(sum=3, producer=2),
     _core.Predicted(step_us=1.5, device_peak_bytes=1024),
     _core.Buffer(begin=0, end=4, size_bytes=16),
@@ -99,6 +100,8 @@ def test_equality_sees_every_field() -> None:
                 new: Any = next(member for member in type(old) if member is not old)
             elif isinstance(old, tuple):
                 new = () if old else ([1] if name != "inplace" else [_core.InplacePair()])
+            elif old is None:
+                new = _core.Compression()
             else:
                 new = old + "!" if isinstance(old, str) else (not old if isinstance(old, bool) else old + 1)
             assert type(value)(**(given | {name: new})) != value, name

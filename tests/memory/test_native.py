@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host_execution.conftest import ROOT, find_tool, run
+from tests.host_execution.conftest import ROOT, find_tool, locked, run
 
 CHECKS = ROOT / "tests" / "memory" / "native"
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
@@ -40,13 +40,14 @@ def program() -> Callable[..., Path]:
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         assert cmake is not None and ninja is not None, "the build needs cmake and ninja: pip install cmake ninja"
         folder = ROOT / "build" / f"memory-{kind}"
-        run(
-            cmake,
-            *("-S", str(CHECKS), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-            f"-DSPLITKERN_MEMORY_SANITIZER={SANITIZERS[kind]}",
-            f"-DSPLITKERN_THREADED_CHECKS={'ON' if kind == 'thread' else 'OFF'}",
-        )
-        run(cmake, "--build", str(folder), "--target", target, "--parallel", "2")
+        with locked(folder):
+            run(
+                cmake,
+                *("-S", str(CHECKS), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+                f"-DSPLITKERN_MEMORY_SANITIZER={SANITIZERS[kind]}",
+                f"-DSPLITKERN_THREADED_CHECKS={'ON' if kind == 'thread' else 'OFF'}",
+            )
+            run(cmake, "--build", str(folder), "--target", target, "--parallel", "2")
         built[kind, target] = folder / target
         return built[kind, target]
 

@@ -12,6 +12,7 @@ from tests.kernel_checks.cases import (
     EMPTY,
     GENERATED,
     LONG_REDUCTION,
+    MANY_ON_BOTH_AXES,
     NAMED,
     ONE_PATCH_WITHOUT_PADDING,
     Case,
@@ -36,6 +37,11 @@ def operators() -> Operators:
 @each_type
 def test_conv2d(operators: Operators, case: Case, dtype: torch.dtype) -> None:
     comparisons.conv2d(operators, case, dtype, LAYOUTS[EVERY.index(case) % len(LAYOUTS)])
+
+
+@each_type
+def test_conv2d_of_more_patches_on_both_axes_than_one_launch_holds(operators: Operators, dtype: torch.dtype) -> None:
+    comparisons.conv2d(operators, MANY_ON_BOTH_AXES, dtype, "channels_last")
 
 
 @each_layout

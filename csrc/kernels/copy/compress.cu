@@ -35,11 +35,6 @@ struct Chunk {
   static constexpr int64_t kSlotBytes = kMaskBytes + kCompressedChunkBytes;
 };
 
-template <class T>
-SPLITKERN_DEVICE int64_t chunks_of(int64_t count) {
-  return (count + Chunk<T>::kElements - 1) / Chunk<T>::kElements;
-}
-
 SPLITKERN_DEVICE uint32_t header_word(const CompressParams& params, uint32_t word) {
   return read_staged<uint32_t>(reinterpret_cast<const unsigned char*>(&params.header) + 4 * word);
 }
@@ -109,10 +104,9 @@ __global__ void compress_kernel(const __grid_constant__ OffloadCompressedParams 
   unsigned char* const values = slot.bytes + Sizes::kMaskBytes;
   const char* const device = static_cast<const char*>(params.device);
   unsigned char* const buffer = static_cast<unsigned char*>(params.host);
-  if (warp == 0) store_global_streaming<uint32_t>(buffer + 4 * lane, header_word(params, lane));
+  if (warp == 0 && params.first_slot == 0) store_global_streaming<uint32_t>(buffer + 4 * lane, header_word(params, lane));
 
-  const int64_t chunks = chunks_of<T>(params.walk.count);
-  for (int64_t chunk = warp; chunk < chunks; chunk += warps) {
+  for (int64_t chunk = params.first_slot + warp; chunk < params.end_slot; chunk += warps) {
     const int64_t first = chunk * Sizes::kElements;
     Vector16 loaded[kSteps];
     if (params.vectors && first + Sizes::kElements <= params.walk.count) {
@@ -207,16 +201,15 @@ __global__ void decompress_kernel(const __grid_constant__ PrefetchCompressedPara
   char* const device = static_cast<char*>(params.device);
   const unsigned char* const buffer = static_cast<const unsigned char*>(params.host);
   const unsigned char* const slots = buffer + sizeof(CompressedHeader);
-  const int64_t chunks = chunks_of<T>(params.walk.count);
 
   // A warp's masks cross the link one chunk ahead of their values.
   constexpr uint32_t kMaskLanes = Sizes::kMaskBytes / 16;
   const auto load_mask_of = [&](int64_t chunk) {
-    return lane < kMaskLanes && chunk < chunks
+    return lane < kMaskLanes && chunk < params.end_slot
                ? load_global_streaming<Vector16>(slots + chunk * Sizes::kSlotBytes + lane * 16)
                : Vector16{};
   };
-  Vector16 next_mask = load_mask_of(warp);
+  Vector16 next_mask = load_mask_of(params.first_slot + warp);
   const uint32_t word = load_global_streaming<uint32_t>(buffer + 4 * lane);
   const uint32_t differing = ballot(word != header_word(params, lane));
   const uint32_t order = shuffle(word, kCompressedOrderWord);
@@ -225,7 +218,7 @@ __global__ void decompress_kernel(const __grid_constant__ PrefetchCompressedPara
                           ? Found::kOtherOrder
                           : Found::kForeign;
 
-  for (int64_t chunk = warp; chunk < chunks; chunk += warps) {
+  for (int64_t chunk = params.first_slot + warp; chunk < params.end_slot; chunk += warps) {
     const int64_t first = chunk * Sizes::kElements;
     const Vector16 mask = next_mask;
     uint32_t kept = 0;
@@ -298,7 +291,8 @@ void launch_for(void (*kernel)(Params), Params params, int32_t most_blocks, cuda
   params.vectors = params.walk.device_strides[last] == 1 && reinterpret_cast<uintptr_t>(params.device) % 16 == 0 &&
                    (last == 0 || params.walk.extents[last] % kPerLane == 0);
   for (int32_t dim = 0; dim < last; ++dim) params.vectors &= params.walk.device_strides[dim] % kPerLane == 0;
-  const int64_t chunks = compressed_chunks(params.walk.count, sizeof(T));
+  params.end_slot = std::min(params.end_slot, compressed_chunks(params.walk.count, sizeof(T)));
+  const int64_t chunks = params.end_slot - params.first_slot;
   // An empty tensor still gets its header.
   const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>((chunks + kWarps - 1) / kWarps, 1, most_blocks));
   launch(kernel, {blocks, 1, 1}, {kWarps * kWarpThreads, 1, 1}, sizeof(Slots), stream, params);

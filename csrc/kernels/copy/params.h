@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 namespace splitkern::kernels {
 
@@ -106,6 +107,8 @@ constexpr int64_t compressed_bytes(int64_t count, int64_t element_size) {
          (count * element_size + 15) / 16 * 16;
 }
 
+inline constexpr int64_t kAllSlots = std::numeric_limits<int64_t>::max();
+
 struct CompressParams {
   CompressedHeader header;  // what is written, or what must be found
   // In elements and in the header's order; host strides unused. `vectors`: 16 bytes of elements from any index that is
@@ -115,7 +118,27 @@ struct CompressParams {
   int64_t strides[kMaxCopyDims];  // of the device tensor, in elements, by index in the shape
   void* device;
   void* host;
+  // The slots that are moved: all of them unless told. The header is written with the first and read with any.
+  int64_t first_slot = 0;
+  int64_t end_slot = kAllSlots;
 };
+
+// Of `count` elements that lie one behind the other, as one dimension; addresses are the caller's.
+inline CompressParams contiguous_compression(int64_t count, int64_t element_size) {
+  CompressParams params{};
+  params.header.magic[0] = kCompressedMagic[0];
+  params.header.magic[1] = kCompressedMagic[1];
+  params.header.version = kCompressedVersion;
+  params.header.element_size = static_cast<uint32_t>(element_size);
+  params.header.count = count;
+  params.header.chunk_bytes = static_cast<uint32_t>(kCompressedChunkBytes);
+  params.header.dims = 1;
+  params.header.extents[0] = count;
+  params.walk.dims = 1;
+  params.walk.extents[0] = count;
+  params.walk.device_strides[0] = params.strides[0] = 1;
+  return params;
+}
 
 struct OffloadCompressedParams : CompressParams {
   static constexpr const char* kOperator = "splitkern::offload_compressed";

@@ -7,6 +7,7 @@
 #include "memory/cuda/errors.h"
 #include "memory/errors.h"
 #include "memory/pipeline/checksum.h"
+#include "memory/pipeline/zero_coder.h"
 
 namespace splitkern::memory::cuda {
 namespace {
@@ -33,7 +34,8 @@ struct Streams::Launched {
   std::list<Launched>::iterator place;
 };
 
-Streams::Streams(int device, int64_t compute_stream) : device_(require_device("Streams", device)) {
+Streams::Streams(int device, int64_t compute_stream, CopySlots copy_slots)
+    : device_(require_device("Streams", device)), copy_slots_(copy_slots) {
   const DeviceGuard guard(device_);
   streams_[static_cast<size_t>(StreamId::kCompute)] = compute_stream;
   // Non-blocking, as the compute stream may be the legacy default stream, which others wait for otherwise.
@@ -114,6 +116,33 @@ void Streams::copy(StreamId stream, void* destination, const void* source, int64
   require_success(cudaMemcpyAsync(destination, source, static_cast<size_t>(size_bytes), cudaMemcpyDefault,
                                   stream_handle(stream_of(stream))),
                   "cudaMemcpyAsync", stream);
+}
+
+void Streams::move_slots(StreamId stream, bool to_host, void* device, void* host, const CompressedSlots& slots) {
+  if (copy_slots_ == nullptr) throw InvalidArgument("compressed copies need the kernels of the operator library");
+  if (has_failed()) return;
+  const DeviceGuard guard(device_);
+  char text[512] = "";
+  const int32_t code = copy_slots_(to_host ? 1 : 0, device, host, slots.elements, slots.element_bytes, slots.begin,
+                                   slots.end, device_, stream_handle(stream_of(stream)), text, sizeof(text));
+  if (code == 0) return;
+  const std::string failure = std::string("a compressed copy of the ") + to_string(stream) + " stream: " + text;
+  note_failure(stream, failure);
+  throw StreamFailed(failure);
+}
+
+void Streams::compress(StreamId stream, void* buffer, const void* source, const CompressedSlots& slots,
+                       LinkCount* count) {
+  move_slots(stream, true, const_cast<void*>(source), buffer, slots);
+  if (count == nullptr) return;
+  call(stream, [buffer, slots, count] {
+    count->plain_bytes += plain_bytes_of(slots);
+    count->link_bytes += link_bytes_of(buffer, slots);
+  });
+}
+
+void Streams::decompress(StreamId stream, void* destination, const void* buffer, const CompressedSlots& slots) {
+  move_slots(stream, false, destination, const_cast<void*>(buffer), slots);
 }
 
 void Streams::fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) {

@@ -15,12 +15,20 @@
 
 namespace splitkern::memory::cuda {
 
+// Launches what moves the slots of a compressed block on a stream: kernels, which are in the operator library
+// (splitkern_copy_slots of csrc/ops/cuda/copy.cpp), as this one is built without nvcc. Returns 0, or not, with a text
+// of at most `text_bytes`, its terminating zero included.
+using CopySlots = int32_t (*)(int32_t to_host, void* device, void* host, int64_t elements, int32_t element_bytes,
+                              int64_t begin_slot, int64_t end_slot, int32_t device_index, void* stream, char* text,
+                              int64_t text_bytes);
+
 // Any thread may call any function. An error inside the context (a failed kernel) is for good: reset() cannot mend it.
 class Streams final : public StreamBackend {
  public:
   // compute_stream: a cudaStream_t of the device as an integer, as for Events; the caller's, who keeps it. Throws
   // InvalidArgument where there is no such device, CudaError where a stream cannot be made.
-  Streams(int device, int64_t compute_stream);
+  // copy_slots: null where no plan has compressed copies.
+  Streams(int device, int64_t compute_stream, CopySlots copy_slots = nullptr);
   // Waits for the streams.
   ~Streams() override;
 
@@ -29,6 +37,10 @@ class Streams final : public StreamBackend {
 
   void attach_thread() override;
   void copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) override;
+  // Counting goes to a host thread, which reads a bit for each element: the stream waits for it.
+  void compress(StreamId stream, void* buffer, const void* source, const CompressedSlots& slots,
+                LinkCount* count) override;
+  void decompress(StreamId stream, void* destination, const void* buffer, const CompressedSlots& slots) override;
   void fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) override;
   // Through pinned memory to a host thread: for debugging, and slow.
   void checksum(StreamId stream, const void* source, int64_t size_bytes, std::atomic<uint64_t>* result) override;
@@ -47,6 +59,7 @@ class Streams final : public StreamBackend {
   struct Launched;  // a function that a stream will call
 
   static void run(void* launched) noexcept;
+  void move_slots(StreamId stream, bool to_host, void* device, void* host, const CompressedSlots& slots);
   void note_failure(StreamId stream, const std::string& text) noexcept;
   bool has_failed() const;
   void require_success(int code, const char* what, StreamId stream);  // code: a cudaError_t
@@ -54,6 +67,7 @@ class Streams final : public StreamBackend {
   int64_t event_of(EventId event, StreamId* recorded_by = nullptr) const;
 
   const int device_;
+  const CopySlots copy_slots_;
   mutable std::mutex mutex_;  // for everything below
   std::array<int64_t, kStreams> streams_ = {};
   std::array<std::string, kStreams> failures_;  // first of each stream

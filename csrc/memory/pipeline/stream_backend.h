@@ -28,6 +28,21 @@ class StreamFailed : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Slots [begin, end) of a block of plain memory in the compressed layout of kernels/copy/params.h, a slot for every
+// 4096 bytes of its elements. The buffer begins with a header, which goes with slot 0.
+struct CompressedSlots {
+  int64_t elements = 0;       // of the whole block
+  int32_t element_bytes = 1;  // 1, 2, 4 or 8
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+// Bytes of what was compressed, before and after. Added to by a stream when it has passed the action.
+struct LinkCount {
+  std::atomic<int64_t> plain_bytes = 0;
+  std::atomic<int64_t> link_bytes = 0;
+};
+
 // After an action has failed no stream moves a byte or calls a function until reset(); events and waits go on, so that
 // nothing hangs and draining is quick.
 class StreamBackend {
@@ -42,6 +57,11 @@ class StreamBackend {
 
   // Actions. None of them waits for anything that a stream does.
   virtual void copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) = 0;
+  // The block's slots, to and from a buffer that is aligned to 16 bytes. `source` and `destination` are the whole
+  // block's, aligned to its elements. `count` (null: nobody counts) must live until the stream has passed the action.
+  virtual void compress(StreamId stream, void* buffer, const void* source, const CompressedSlots& slots,
+                        LinkCount* count) = 0;
+  virtual void decompress(StreamId stream, void* destination, const void* buffer, const CompressedSlots& slots) = 0;
   virtual void fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) = 0;
   // *result must live until the stream has passed the action.
   virtual void checksum(StreamId stream, const void* source, int64_t size_bytes, std::atomic<uint64_t>* result) = 0;

@@ -5,8 +5,10 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/copy/params.h"
 #include "memory/errors.h"
 #include "memory/pipeline/checksum.h"
+#include "memory/pipeline/zero_coder.h"
 
 namespace splitkern::memory {
 namespace {
@@ -90,6 +92,45 @@ void ThreadedStreams::copy(StreamId stream, void* destination, const void* sourc
     if (fails) throw StreamFailed("injected failure of a copy of " + std::to_string(size_bytes) + " bytes");
   };
   enqueue(stream, std::move(action));
+}
+
+// A copy that moves slots, in pieces.
+void ThreadedStreams::enqueue_slots(StreamId stream, const CompressedSlots& slots,
+                                    std::function<void(const CompressedSlots&)> move) {
+  Action action;
+  action.is_copy = true;
+  action.body = [this, slots, move = std::move(move)](std::mt19937_64& random, bool fails) {
+    const int64_t step = std::max<int64_t>(1, options_.piece_bytes / kernels::kCompressedChunkBytes);
+    const int64_t end = fails ? slots.begin + (slots.end - slots.begin) / 2 : slots.end;
+    for (int64_t begin = slots.begin; begin < end; begin += step) {
+      if (begin > slots.begin) rest(random);
+      CompressedSlots piece = slots;
+      piece.begin = begin;
+      piece.end = std::min(begin + step, end);
+      move(piece);
+    }
+    if (fails) {
+      throw StreamFailed("injected failure of a compressed copy of " + std::to_string(slots.end - slots.begin) +
+                         " slots");
+    }
+  };
+  enqueue(stream, std::move(action));
+}
+
+void ThreadedStreams::compress(StreamId stream, void* buffer, const void* source, const CompressedSlots& slots,
+                               LinkCount* count) {
+  enqueue_slots(stream, slots, [buffer, source, count](const CompressedSlots& piece) {
+    const int64_t link_bytes = memory::compress(buffer, source, piece);
+    if (count == nullptr) return;
+    count->plain_bytes += plain_bytes_of(piece);
+    count->link_bytes += link_bytes;
+  });
+}
+
+void ThreadedStreams::decompress(StreamId stream, void* destination, const void* buffer, const CompressedSlots& slots) {
+  enqueue_slots(stream, slots, [destination, buffer](const CompressedSlots& piece) {
+    memory::decompress(destination, buffer, piece);
+  });
 }
 
 void ThreadedStreams::fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) {

@@ -36,6 +36,9 @@ class ThreadedStreams final : public StreamBackend {
   ~ThreadedStreams() override;
 
   void copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) override;
+  void compress(StreamId stream, void* buffer, const void* source, const CompressedSlots& slots,
+                LinkCount* count) override;
+  void decompress(StreamId stream, void* destination, const void* buffer, const CompressedSlots& slots) override;
   void fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) override;
   void checksum(StreamId stream, const void* source, int64_t size_bytes, std::atomic<uint64_t>* result) override;
   void call(StreamId stream, std::function<void()> function) override;
@@ -49,7 +52,7 @@ class ThreadedStreams final : public StreamBackend {
   void drain() noexcept override;
   void reset() noexcept override;
 
-  // The n-th copy that begins from now on fails half-way, 1 being the next; 0 takes that back.
+  // The n-th copy (compressed or not) that begins from now on fails half-way, 1 being the next; 0 takes that back.
   void fail_copy(int64_t n);
   int64_t live_events() const;  // created and not destroyed
 
@@ -71,6 +74,7 @@ class ThreadedStreams final : public StreamBackend {
   void work(size_t thread, const std::vector<StreamId>& streams);
   void rest(std::mt19937_64& random) const;
   void enqueue(StreamId stream, Action action);
+  void enqueue_slots(StreamId stream, const CompressedSlots& slots, std::function<void(const CompressedSlots&)> move);
   void wake(StreamId stream);
   void wake_all();
   void stop() noexcept;

@@ -44,9 +44,8 @@ std::vector<Decision> paper_decisions(const Problem& problem) {
     (step < live.turn ? forward_us : backward_us) += live.duration_us[step];
   for (int32_t storage : saved_by_write(live)) {
     if (!may(live, problem.limits, storage, Decision::kOffload)) continue;
-    const int64_t bytes = live.assignment.storages[storage].size_bytes;
-    forward_us -= copy_us(problem.limits, CopyKind::kOffload, bytes);
-    backward_us -= copy_us(problem.limits, CopyKind::kPrefetch, bytes);
+    forward_us -= copy_us(problem.limits, CopyKind::kOffload, live.link_bytes[storage]);
+    backward_us -= copy_us(problem.limits, CopyKind::kPrefetch, live.link_bytes[storage]);
     if (forward_us < 0 || backward_us < 0) break;
     decisions[storage] = Decision::kOffload;
   }

@@ -209,7 +209,7 @@ class Search {
   std::vector<int32_t> offload_order(const std::vector<Decision>& decisions) const {
     int64_t host_bytes = 0;
     for (int32_t storage : by_time_) {
-      if (decisions[storage] == Decision::kOffload) host_bytes += live_.bytes[storage];
+      if (decisions[storage] == Decision::kOffload) host_bytes += live_.host_bytes[storage];
     }
     std::vector<int32_t> order;
     for (const bool is_small : {false, true}) {
@@ -217,8 +217,8 @@ class Search {
         const int32_t storage = by_time_[index];
         if (!can_offload_[index] || decisions[storage] != Decision::kKeep) continue;
         if ((live_.bytes[storage] < small_bytes_) != is_small) continue;
-        if (live_.bytes[storage] > problem_.limits.host_bytes - host_bytes) continue;
-        host_bytes += live_.bytes[storage];
+        if (live_.host_bytes[storage] > problem_.limits.host_bytes - host_bytes) continue;
+        host_bytes += live_.host_bytes[storage];
         order.push_back(storage);
       }
     }

@@ -262,6 +262,7 @@ class FormCheck {
   }
 
   void check_copies() {
+    std::vector<int32_t> first_of(plan_.residencies.size(), -1);  // on the host: copies to and from it
     for (size_t c = 0; c < plan_.copies.size(); ++c) {
       const Copy& copy = plan_.copies[c];
       if (!in_range(copy.storage, plan_.storages) || !in_range(copy.source, plan_.residencies) ||
@@ -291,6 +292,37 @@ class FormCheck {
         findings_.add(Reason::kWait, findings_.copy(c),
                       " must be waited for after the boundary that issues it: a boundary waits first, then issues");
       }
+      int32_t& first = first_of[offload ? copy.destination : copy.source];
+      if (first < 0) first = static_cast<int32_t>(c);
+      if (copy.compressed != plan_.copies[first].compressed) {
+        findings_.add(Reason::kCompressed, findings_.copy(c), copy.compressed ? " is" : " is not",
+                      " compressed, unlike ", findings_.copy(first), " of the same bytes on the host");
+      }
+      if (copy.compressed) check_compressed(static_cast<int32_t>(c), offload ? copy.destination : copy.source);
+    }
+  }
+
+  void check_compressed(int32_t c, int32_t host) {
+    const PlanStorage& storage = plan_.storages[plan_.copies[c].storage];
+    const bool is_measured = std::ranges::any_of(storage.members, [&](int32_t m) {
+      const Storage& member = graph_.storages[m];
+      return storage.compression && member.compression == storage.compression &&
+             member.size_bytes == storage.size_bytes;
+    });
+    if (!is_measured) {
+      findings_.add(Reason::kCompressed, findings_.copy(c), " is compressed, but the storage's compression is not ",
+                    "what was measured of a member of its size");
+      return;
+    }
+    const Residency& slot = plan_.residencies[host];
+    const int64_t room_bytes = compressed_room_bytes(storage.size_bytes, storage.compression->element_bytes);
+    if (slot.size_bytes < room_bytes) {
+      findings_.add(Reason::kCompressed, findings_.residency(host), " is smaller than the ", room_bytes,
+                    " bytes that ", findings_.copy(c), " may need");
+    }
+    if (slot.offset_bytes % kCompressedAlignment != 0) {
+      findings_.add(Reason::kCompressed, findings_.residency(host), " has offset ", slot.offset_bytes,
+                    ", which must be a multiple of ", kCompressedAlignment, " for ", findings_.copy(c));
     }
   }
 

@@ -4,9 +4,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
+#include "kernels/copy/host_coder.h"
 #include "ops/copies.h"
 #include "ops/cpu/operators.h"
 
@@ -84,112 +84,12 @@ void copy(const kernels::CopyWalk& walk, const Tensor& src, const Tensor& dst) {
 // --- Compression
 // ------------------------------------------------------------------------------------------------------
 
-// The place in the tensor of consecutive elements of a buffer.
-class Cursor {
- public:
-  // Dimensions outermost first, each with its extent and stride in elements.
-  Cursor(const int64_t* extents, const int64_t* strides, int32_t dims, int64_t index)
-      : extents_(extents), strides_(strides), dims_(dims) {
-    for (int32_t dim = dims - 1; dim >= 0; --dim) {
-      coordinates_[dim] = index % extents[dim];
-      index /= extents[dim];
-      offset_ += coordinates_[dim] * strides[dim];
-    }
-  }
-
-  int64_t offset() const { return offset_; }
-
-  void step() {
-    for (int32_t dim = dims_ - 1; dim >= 0; --dim) {
-      offset_ += strides_[dim];
-      if (++coordinates_[dim] < extents_[dim]) return;
-      offset_ -= extents_[dim] * strides_[dim];
-      coordinates_[dim] = 0;
-    }
-  }
-
- private:
-  const int64_t* extents_;
-  const int64_t* strides_;
-  int32_t dims_;
-  int64_t coordinates_[kernels::kMaxCopyDims] = {};
-  int64_t offset_ = 0;
-};
-
-template <class T>
-struct Chunks {
-  static constexpr int64_t kElements = kernels::kCompressedChunkBytes / sizeof(T);
-  static constexpr int64_t kMaskBytes = kernels::compressed_mask_bytes(sizeof(T));
-  static constexpr int64_t kSlotBytes = kMaskBytes + kernels::kCompressedChunkBytes;
-  static constexpr int64_t kGrain = kBytesPerThread / kernels::kCompressedChunkBytes;
-};
-
-template <class T>
-void compress(const kernels::CompressParams& params, const T* source, unsigned char* buffer) {
-  using Sizes = Chunks<T>;
-  const kernels::UnitWalk& walk = params.walk;
-  const int64_t count = params.header.count;
-  unsigned char* const slots = buffer + sizeof(kernels::CompressedHeader);
-  std::memcpy(buffer, &params.header, sizeof(kernels::CompressedHeader));
-  const int64_t chunks = kernels::compressed_chunks(count, sizeof(T));
-  torch::stable::parallel_for(0, chunks, Sizes::kGrain, [&](int64_t begin, int64_t end) {
-    Cursor cursor(walk.extents, walk.device_strides, walk.dims, begin * Sizes::kElements);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t elements = std::min(Sizes::kElements, count - chunk * Sizes::kElements);
-      unsigned char* const mask = slots + chunk * Sizes::kSlotBytes;
-      unsigned char* const values = mask + Sizes::kMaskBytes;
-      std::memset(mask, 0, Sizes::kMaskBytes);
-      int64_t kept = 0;
-      for (int64_t i = 0; i < elements; ++i, cursor.step()) {
-        const T value = source[cursor.offset()];
-        if (value == 0) continue;
-        mask[i / 8] = static_cast<unsigned char>(mask[i / 8] | 1u << (i % 8));
-        std::memcpy(values + kept * sizeof(T), &value, sizeof(T));
-        ++kept;
-      }
-      const int64_t used = kept * static_cast<int64_t>(sizeof(T));
-      std::memset(values + used, 0, (used + 15) / 16 * 16 - used);
-    }
-  });
-}
-
-template <class T>
-void decompress(const kernels::CompressParams& params, const int64_t* extents, const int64_t* strides,
-                const unsigned char* buffer, T* target) {
-  using Sizes = Chunks<T>;
-  const int64_t count = params.header.count;
-  const unsigned char* const slots = buffer + sizeof(kernels::CompressedHeader);
-  const int64_t chunks = kernels::compressed_chunks(count, sizeof(T));
-  torch::stable::parallel_for(0, chunks, Sizes::kGrain, [&](int64_t begin, int64_t end) {
-    Cursor cursor(extents, strides, static_cast<int32_t>(params.header.dims), begin * Sizes::kElements);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t elements = std::min(Sizes::kElements, count - chunk * Sizes::kElements);
-      const unsigned char* const mask = slots + chunk * Sizes::kSlotBytes;
-      const unsigned char* values = mask + Sizes::kMaskBytes;
-      for (int64_t i = 0; i < elements; ++i, cursor.step()) {
-        T value{0};
-        if ((mask[i / 8] >> (i % 8) & 1u) != 0) {
-          std::memcpy(&value, values, sizeof(T));
-          values += sizeof(T);
-        }
-        target[cursor.offset()] = value;
-      }
-    }
-  });
-}
-
+// Slots are shared out among threads: body(first, last).
 template <class Body>
-void dispatch_element_size(uint32_t element_size, const Body& body) {
-  switch (element_size) {
-    case 1:
-      return body(uint8_t{});
-    case 2:
-      return body(uint16_t{});
-    case 4:
-      return body(uint32_t{});
-    default:
-      return body(uint64_t{});
-  }
+void for_each_slot(const kernels::CompressParams& params, const Body& body) {
+  constexpr int64_t kGrain = kBytesPerThread / kernels::kCompressedChunkBytes;
+  const int64_t slots = kernels::compressed_chunks(params.header.count, params.header.element_size);
+  torch::stable::parallel_for(0, slots, kGrain, body);
 }
 
 // Whether `order` names each dimension once.
@@ -221,10 +121,14 @@ void prefetch_by(const Tensor& src, const Tensor& dst, StringArgument by) {
 
 void offload_compressed(const Tensor& src, const Tensor& dst) {
   const kernels::CompressParams params = check_offload_compressed(src, dst);
-  dispatch_element_size(params.header.element_size, [&](auto element) {
+  unsigned char* const buffer = static_cast<unsigned char*>(dst.mutable_data_ptr());
+  std::memcpy(buffer, &params.header, sizeof(params.header));
+  kernels::with_element(params.header.element_size, [&](auto element) {
     using T = decltype(element);
-    compress<T>(params, static_cast<const T*>(src.const_data_ptr()),
-                static_cast<unsigned char*>(dst.mutable_data_ptr()));
+    const T* const source = static_cast<const T*>(src.const_data_ptr());
+    for_each_slot(params, [&](int64_t first, int64_t last) {
+      kernels::compress_slots<T>(params, source, buffer, first, last);
+    });
   });
 }
 
@@ -264,9 +168,12 @@ void prefetch_compressed(const Tensor& src, const Tensor& dst) {
     extents[place] = header.extents[dim];
     strides[place] = params.strides[dim];
   }
-  dispatch_element_size(params.header.element_size, [&](auto element) {
+  kernels::with_element(params.header.element_size, [&](auto element) {
     using T = decltype(element);
-    decompress<T>(params, extents, strides, buffer, static_cast<T*>(dst.mutable_data_ptr()));
+    T* const target = static_cast<T*>(dst.mutable_data_ptr());
+    for_each_slot(params, [&](int64_t first, int64_t last) {
+      kernels::decompress_slots<T>(params, extents, strides, buffer, target, first, last);
+    });
   });
 }
 

@@ -5,7 +5,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "device_scope.h"
 #include "operators.h"
@@ -97,4 +99,39 @@ extern "C" __attribute__((visibility("default"))) void splitkern_explain_copy(in
   const size_t length = std::min(reason.size(), static_cast<size_t>(std::max<int64_t>(size_bytes, 1) - 1));
   std::copy_n(reason.data(), length, text);
   text[length] = '\0';
+}
+
+// The slots [begin_slot, end_slot) of a compressed block of plain device memory, to or from pinned host memory, on a
+// stream: for the copy pipeline (csrc/memory/cuda/stream_backend.h), which has no kernels of its own. 0, or 1 with a
+// text.
+extern "C" __attribute__((visibility("default"))) int32_t splitkern_copy_slots(
+    int32_t to_host, void* device, void* host, int64_t elements, int32_t element_bytes, int64_t begin_slot,
+    int64_t end_slot, int32_t device_index, void* stream, char* text, int64_t text_bytes) {
+  using namespace splitkern;
+  try {
+    const auto describe = [&](auto params) {
+      static_cast<kernels::CompressParams&>(params) = kernels::contiguous_compression(elements, element_bytes);
+      params.first_slot = begin_slot;
+      params.end_slot = end_slot;
+      params.device = device;
+      params.host = kernels::mapped_host_memory(host, kernels::compressed_bytes(elements, element_bytes));
+      if (params.host == nullptr)
+        throw std::runtime_error(std::string(params.kOperator) + ": host memory must be pinned");
+      return params;
+    };
+    kernels::use_device(device_index);
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    if (to_host != 0) {
+      kernels::launch_offload_compressed(describe(kernels::OffloadCompressedParams{}), cuda_stream);
+    } else {
+      kernels::launch_prefetch_compressed(describe(kernels::PrefetchCompressedParams{}), cuda_stream);
+    }
+    return 0;
+  } catch (const std::exception& error) {
+    const std::string_view what = error.what();
+    const size_t length = std::min(what.size(), static_cast<size_t>(std::max<int64_t>(text_bytes, 1) - 1));
+    std::copy_n(what.data(), length, text);
+    text[length] = '\0';
+    return 1;
+  }
 }

@@ -283,6 +283,31 @@ class Judge {
       demand(from.pool == (offload ? Pool::kDevice : Pool::kHost), "source's pool");
       demand(to.pool == (offload ? Pool::kHost : Pool::kDevice), "destination's pool");
       demand((offload ? plan_.limits.offload_gbps : plan_.limits.prefetch_gbps) > 0, "link");
+      const Residency& slot = offload ? to : from;
+      for (const Copy& other : plan_.copies) {
+        const int32_t there = other.kind == CopyKind::kOffload ? other.destination : other.source;
+        if (there == (offload ? copy.destination : copy.source))
+          demand(other.compressed == copy.compressed, "one host residency plain and compressed");
+      }
+      if (copy.compressed) {
+        const PlanStorage& storage = plan_.storages[copy.storage];
+        bool is_measured = false;
+        for (const int32_t member : storage.members) {
+          const Storage& it = graph_.storages[member];
+          is_measured |= it.compression && storage.compression && it.size_bytes == storage.size_bytes &&
+                         it.compression->ratio == storage.compression->ratio &&
+                         it.compression->element_bytes == storage.compression->element_bytes;
+        }
+        demand(is_measured, "compressed as measured");
+        // Header, a bit for each element in slots of 4096 bytes, the elements to a multiple of 16 bytes.
+        const int64_t mask_bytes = 512 / storage.compression->element_bytes;
+        int64_t room_bytes = 128;
+        for (int64_t begin = 0; begin < storage.size_bytes; begin += 4096) room_bytes += mask_bytes;
+        while (room_bytes % 16 != 0) ++room_bytes;
+        for (int64_t begin = 0; begin < storage.size_bytes; begin += 16) room_bytes += 16;
+        demand(slot.size_bytes >= room_bytes, "room for what is compressed");
+        demand(slot.offset_bytes % 16 == 0, "a compressed slot's alignment");
+      }
       for (const int32_t other : copy.after) {
         demand_index(other, plan_.copies, "after");
         demand(plan_.copies[other].kind != copy.kind, "after one of the same stream");

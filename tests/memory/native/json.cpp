@@ -30,7 +30,10 @@ Graph every_field() {
                      .is_output = true},
                     {.name = "g", .size_bytes = 2, .kind = StorageKind::kGradient},
                     {.name = "i", .size_bytes = 3, .kind = StorageKind::kInput},
-                    {.name = "a", .size_bytes = 4, .kind = StorageKind::kActivation}};
+                    {.name = "a",
+                     .size_bytes = 4,
+                     .kind = StorageKind::kActivation,
+                     .compression = Compression{.ratio = 1.75, .element_bytes = 2}}};
   graph.tensors = {
       {.name = "t", .storage = 3, .offset_bytes = 5, .sizes = {2, 3}, .strides_bytes = {12, 4}, .element_bytes = 4}};
   graph.operations = {{.name = "op",
@@ -61,16 +64,22 @@ Plan every_plan_field() {
                  .prefetch_gbps = 4.25,
                  .copy_latency_us = 5,
                  .alignment_bytes = 256};
-  plan.storages = {{.size_bytes = 9, .members = {1, 2}}};
+  plan.storages = {{.size_bytes = 9, .members = {1, 2}, .compression = Compression{.ratio = 1.5, .element_bytes = 8}}};
   plan.fused = {{.sum = 3, .producer = 4}};
   plan.instances = {{.operation = 5, .is_recomputation = true, .accumulate = true}};
   plan.boundaries = {{.waits = {1}, .issues = {2, 3}}, {}};
   plan.residencies = {{.storage = 1, .pool = Pool::kDevice, .offset_bytes = 2, .size_bytes = 3, .begin = 4, .end = 5},
                       {.storage = -1, .pool = Pool::kParameters},
                       {.storage = 2, .pool = Pool::kHost}};
-  plan.copies = {
-      {.kind = CopyKind::kPrefetch, .storage = 1, .source = 2, .destination = 3, .issue = 4, .wait = 5, .after = {6}},
-      {.kind = CopyKind::kOffload, .storage = 7, .after = {}}};
+  plan.copies = {{.kind = CopyKind::kPrefetch,
+                  .storage = 1,
+                  .source = 2,
+                  .destination = 3,
+                  .issue = 4,
+                  .wait = 5,
+                  .after = {6},
+                  .compressed = true},
+                 {.kind = CopyKind::kOffload, .storage = 7, .after = {}}};
   plan.predicted = {.step_us = 1.5,
                     .compute_us = 2.5,
                     .recompute_us = 3.5,
@@ -137,8 +146,8 @@ CHECK_NAMED(json_refusals, "json: what is refused, with path, line and column") 
   refused(R"({"format":"splitkern.plan"})",
           {"format must be \"splitkern.graph\"", "got \"splitkern.plan\"", "column 11"});
   refused(R"({"format":"splitkern.graph"})", {"must have the field \"version\""});
-  refused(R"({"format":"splitkern.graph","version":2})", {"version must be 1", "only version", "got 2"});
-  refused(R"({"format":"splitkern.graph","version":0})", {"version must be 1", "got 0"});
+  refused(R"({"format":"splitkern.graph","version":3})", {"version must be from 1 to 2", "newest version", "got 3"});
+  refused(R"({"format":"splitkern.graph","version":0})", {"version must be from 1 to 2", "got 0"});
   refused(R"({"format":"splitkern.graph","version":1,"x":1})",
           {"x is an unknown field", "durations_from, storages", "column 45"});
   refused(changed("\"patch\"", "\"patsh\""),

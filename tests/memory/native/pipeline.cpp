@@ -45,14 +45,20 @@ class CountingStreams final : public StreamBackend {
  public:
   explicit CountingStreams(ThreadedStreams& streams) : streams_(streams) {}
   void copy(StreamId stream, void* destination, const void* source, int64_t size_bytes) override {
-    const auto index = static_cast<size_t>(stream);
-    ++copies;
-    const int32_t now = ++waiting_[index];
-    int32_t most = most_waiting.load();
-    while (most < now && !most_waiting.compare_exchange_weak(most, now)) {
-    }
+    count(stream);
     streams_.copy(stream, destination, source, size_bytes);
-    streams_.call(stream, [this, index] { --waiting_[index]; });
+    uncount(stream);
+  }
+  void compress(StreamId stream, void* buffer, const void* source, const CompressedSlots& slots,
+                LinkCount* counted) override {
+    count(stream);
+    streams_.compress(stream, buffer, source, slots, counted);
+    uncount(stream);
+  }
+  void decompress(StreamId stream, void* destination, const void* buffer, const CompressedSlots& slots) override {
+    count(stream);
+    streams_.decompress(stream, destination, buffer, slots);
+    uncount(stream);
   }
   void fill(StreamId stream, void* destination, unsigned char value, int64_t size_bytes) override {
     streams_.fill(stream, destination, value, size_bytes);
@@ -91,6 +97,17 @@ class CountingStreams final : public StreamBackend {
   std::function<void()> on_synchronize;  // also by feeders
 
  private:
+  void count(StreamId stream) {
+    ++copies;
+    const int32_t now = ++waiting_[static_cast<size_t>(stream)];
+    int32_t most = most_waiting.load();
+    while (most < now && !most_waiting.compare_exchange_weak(most, now)) {
+    }
+  }
+  void uncount(StreamId stream) {
+    streams_.call(stream, [this, stream] { --waiting_[static_cast<size_t>(stream)]; });
+  }
+
   ThreadedStreams& streams_;
   std::array<std::atomic<int32_t>, kStreams> waiting_ = {};
 };

@@ -448,13 +448,18 @@ class PlanMaker {
     residency.storage = storage;
     residency.pool = pool;
     residency.size_bytes = rounded_up(bytes, plan_.limits.alignment_bytes);
+    if (pool == Pool::kHost && plan_.storages[storage].compression) {
+      const int32_t element_bytes = plan_.storages[storage].compression->element_bytes;
+      residency.size_bytes = rounded_up(compressed_room_bytes(bytes, element_bytes), plan_.limits.alignment_bytes);
+    }
     residency.begin = begin;
     residency.end = end;
     plan_.residencies.push_back(residency);
     return static_cast<int32_t>(plan_.residencies.size()) - 1;
   }
   int32_t add_copy(CopyKind kind, int32_t storage, int32_t source, int32_t destination, int32_t issue, int32_t wait) {
-    plan_.copies.push_back({kind, storage, source, destination, issue, wait, {}});
+    const bool compressed = plan_.storages[storage].compression.has_value();
+    plan_.copies.push_back({kind, storage, source, destination, issue, wait, {}, compressed});
     return static_cast<int32_t>(plan_.copies.size()) - 1;
   }
 
@@ -480,6 +485,11 @@ class PlanMaker {
       }
       const std::vector<Use> uses = uses_of(p);
       if (uses.empty()) continue;
+      for (const int32_t m : plan_.storages[p].members) {
+        const bool is_all = graph_.storages[m].size_bytes == plan_.storages[p].size_bytes;
+        if (plan_.limits.alignment_bytes >= kCompressedAlignment && is_all && random_.chance(0.7))
+          plan_.storages[p].compression = graph_.storages[m].compression;
+      }
       int32_t current = add_residency(p, Pool::kDevice, uses[0].instance, uses[0].instance + 1);
       int32_t on_host = -1;  // a host residency with the present value, and its offload
       int32_t offload = -1;
@@ -597,7 +607,12 @@ class PlanMaker {
 }  // namespace
 
 Graph make_graph(Random& random) {
-  return GraphMaker(random).run();
+  Graph graph = GraphMaker(random).run();
+  for (Storage& storage : graph.storages) {
+    if (storage.kind == StorageKind::kActivation && random.chance(0.7))
+      storage.compression = Compression{1 + static_cast<double>(random.below(3)), 1};
+  }
+  return graph;
 }
 
 Plan make_plan(const Graph& graph, Random& random) {
@@ -658,7 +673,7 @@ std::string mutate_once(const Graph& graph, Plan& plan, Random& random) {
   Copy* copy = some(plan.copies, random);
   const auto index = copy == nullptr ? -1 : static_cast<int32_t>(copy - plan.copies.data());
   const auto nearby = [&](int32_t boundary) { return boundary + static_cast<int32_t>(random.between(-2, 2)); };
-  switch (random.below(31)) {
+  switch (random.below(33)) {
     case 0:
       if (residency == nullptr) return "";
       residency->offset_bytes += alignment * random.between(-3, 3);
@@ -874,6 +889,17 @@ std::string mutate_once(const Graph& graph, Plan& plan, Random& random) {
       plan.boundaries[again.wait].waits.push_back(added);
       plan.copies.push_back(again);
       return "a copy doubled";
+    }
+    case 31:
+      if (copy == nullptr) return "";
+      copy->compressed = !copy->compressed;
+      return "a copy compressed or not";
+    case 32: {
+      if (copy == nullptr) return "";
+      std::optional<Compression>& compression = plan.storages[copy->storage].compression;
+      compression =
+          random.chance(0.5) ? std::nullopt : std::optional(Compression{1 + static_cast<double>(random.below(3)), 1});
+      return "another compression";
     }
     default: {  // a residency cut in two: what it holds is lost in the middle
       if (residency == nullptr || residency->end - residency->begin < 2) return "";
