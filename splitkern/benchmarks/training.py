@@ -401,5 +401,6 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
+    """What went wrong; what a compiler says stands in the second line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"

@@ -1,4 +1,8 @@
-"""The table and the picture of `splitkern bench training`."""
+"""The table and the picture of `splitkern bench training`.
+
+Batches are timed one after the other, perhaps under another load or clock. Images per second are therefore plain
+PyTorch's at its largest batch, divided by the slowdown per image, which is taken within a round.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def report(record: Mapping[str, Any], table: Format) -> str:
         "method", "largest batch", "times plain", "peak", "images/s at it", "slower per image at it",
         f"slower at batch {plain}", f"largest timed within {SLOWDOWN:.0%}", "",
     ]  # fmt: skip
-    lines = [_line(row, timings, plain) for row in searches]
+    lines = [_line(row, timings, plain, _plain_rate(timings)) for row in searches]
     machine = record["machine"]
     device = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} thread"
     title = f"{record['title']}; {device}, torch {machine['torch']}, commit {record['commit']}"
@@ -43,7 +47,12 @@ def timed_rows(record: Mapping[str, Any]) -> list[Row]:
     return sorted(rows, key=lambda row: int(row["batch"]))
 
 
-def _line(search: Row, timings: Sequence[Row], plain: int) -> list[str]:
+def _plain_rate(timings: Sequence[Row]) -> float:
+    """Images per second of plain PyTorch at its largest batch."""
+    return next((float(row["methods"][PLAIN]["images_per_s"]) for row in timings if PLAIN in row["methods"]), 0.0)
+
+
+def _line(search: Row, timings: Sequence[Row], plain: int, plain_rate: float) -> list[str]:
     name = search["method"]
     note = search.get("note", "")
     if search["status"] != OK:
@@ -59,7 +68,7 @@ def _line(search: Row, timings: Sequence[Row], plain: int) -> list[str]:
         str(largest),
         f"{largest / plain:.2f}" if plain else "",
         bytes_text(at_largest["peak_bytes"]) if at_largest else "",
-        f"{at_largest['images_per_s']:.4g}" if at_largest else "",
+        f"{plain_rate / (1 + at_largest['slowdown']['median']):.4g}" if at_largest else "",
         _percent(at_largest) if at_largest else "",
         _percent(at_plain) if at_plain else "",
         f"{max(within)} ({max(within) / plain:.2f}x)" if within else "-",
@@ -89,23 +98,24 @@ def plot(path: Path, record: Mapping[str, Any]) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     timings = timed_rows(record)
+    rate = _plain_rate(timings)
     colors = ("#444444", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#8c564b")
     names = [key.removeprefix("largest ") for key in record["rows"] if key.startswith("largest ")]
     for index, name in enumerate(names):
         points = [(row["batch"], row["methods"][name]) for row in timings if name in row["methods"]]
         if not points:
             continue
-        medians = [batch * 1e3 / one["step_ms"]["median"] for batch, one in points]
-        low = [
-            median - batch * 1e3 / one["step_ms"]["upper"] for median, (batch, one) in zip(medians, points, strict=True)
-        ]
-        high = [
-            batch * 1e3 / one["step_ms"]["lower"] - median for median, (batch, one) in zip(medians, points, strict=True)
+        low, medians, high = (
+            [rate / (1 + one["slowdown"][quartile]) for _, one in points] for quartile in ("upper", "median", "lower")
+        )
+        errors = [
+            [median - least for median, least in zip(medians, low, strict=True)],
+            [most - median for most, median in zip(high, medians, strict=True)],
         ]
         axes.errorbar(
             [batch for batch, _ in points],
             medians,
-            yerr=[low, high],
+            yerr=errors,
             label=record["rows"][f"largest {name}"]["text"],
             color=colors[index % len(colors)],
             marker="o",

@@ -7,6 +7,7 @@ inside operators. What a plan keeps in host memory is not device memory, on the 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
@@ -51,6 +52,8 @@ class StepBytes:
         self._allocated: AllocatedBytes | None = None
 
     def __enter__(self) -> StepBytes:
+        # A step that is gone, but for its cycles, would be freed inside the block, and count negative.
+        gc.collect()
         # The CPU's allocator does not report the end of what it gave out before its events were recorded.
         self._optimizer.zero_grad(set_to_none=True)
         self._resident_bytes = resident_bytes(self._model, self._optimizer, self._batch)
