@@ -149,7 +149,8 @@ def make_steps(options: argparse.Namespace) -> list[Step]:
     which = ["--full"] if options.full else ["--core"]
     scale = 8.0 if options.full else 1.0
     memory = [*python, "-m", "pytest", "tests/memory", "-m", "gpu", "-v", "-rfE", "--tb=short"]
-    training = ["training", "--device", "cuda", "--precision", "bf16", "--image-size", "224", "--budget", "16GiB"]
+    training = ["training", "--device", "cuda", "--precision", "bf16", "--memory-format", "channels_last"]
+    training += ["--budget", "16GiB", "--resolution", "0.03", "--points", "1"]
     missing = missing_libraries()
     only = {"SPLITKERN_ONLY": missing[0]} if len(missing) == 1 else {}
     steps = [

@@ -79,6 +79,10 @@ class Ready:
         return row if plan is None else {**row, "spare_bytes": self.spare_bytes, "plan": plan.summary()}
 
 
+class OutOfTime(Exception):
+    """The time is over, and rows are missing: a resumed run goes on with them."""
+
+
 class TrainingBench:
     """Tries and times methods on one network under one budget.
 
@@ -98,8 +102,11 @@ class TrainingBench:
         *,
         network: nn.Module | None = None,
         on_change: Callable[[str], None] = lambda text: None,
+        seconds: float = math.inf,
     ) -> None:
         from splitkern.training.loop import build_model
+
+        self._end = time.monotonic() + seconds
 
         self.case, self.methods, self.record = case, methods, record
         self._say = on_change
@@ -125,10 +132,15 @@ class TrainingBench:
         for name, method in self.methods.items():
             key = f"largest {name}"
             if not self.record.has(key):
+                self._require_time()
                 self._say(f"largest batch, {name}")
                 self.record.put(key, self._largest_row(method, found.get(PLAIN, 0), at_most, resolution))
             found[name] = self.record.rows[key].get("largest", 0)
         return found
+
+    def _require_time(self) -> None:
+        if time.monotonic() > self._end:
+            raise OutOfTime
 
     def _largest_row(self, method: Method, first: int, at_most: int, resolution: float) -> Row:
         note = method.cpu_note if self._device.type == "cpu" else ""
@@ -219,6 +231,7 @@ class TrainingBench:
         for batch in batches_of_interest(largest, points):
             key = f"time {batch}"
             if not self.record.has(key):
+                self._require_time()
                 names = [name for name, most in largest.items() if most >= batch]
                 self.record.put(key, {"status": OK, **self._time(batch, names, plain, rounds, warmup)})
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
+from splitkern.cli.bench_kernels import EXIT_OUT_OF_TIME
 from splitkern.cli.common import UserError, grid, integer, number, require, table
 
 NAME = "training"
@@ -56,6 +59,8 @@ def add_parser(which: Any) -> None:
         metavar="SHARE",
         help="how far the next batch that does not fit may lie above a largest one (default 0: it is the next)",
     )
+    parser.add_argument("--seconds", type=number(above=0), metavar="S", help="begin no row after that time")
+    parser.add_argument("--commit", metavar="ID", help="what to record where git cannot tell")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file after every row")
     parser.add_argument("--resume", action="store_true", help="continue the file where it was cut off")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw images per second against the batch")
@@ -72,9 +77,13 @@ def run(args: argparse.Namespace) -> int:
     from splitkern.benchmarks.training_report import plot, report
 
     try:
-        data = _measure(args)
+        data, is_done = _measure(args)
     except (RecordError, ValueError, TypeError) as error:
         raise UserError(" ".join(str(error).split())) from error
+    if not is_done:
+        where = f"; go on with --resume --save {args.save}" if args.save else ""
+        print(f"splitkern bench: out of time after {len(data['rows'])} rows{where}", file=sys.stderr)
+        return EXIT_OUT_OF_TIME
     if args.plot is not None:
         try:
             args.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -85,12 +94,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(args: argparse.Namespace) -> dict[str, Any]:
+def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """What was measured, and whether that is all."""
     from tqdm import tqdm
 
     from splitkern.benchmarks.common import commit, machine
     from splitkern.benchmarks.record import Record
-    from splitkern.benchmarks.training import TrainingBench
+    from splitkern.benchmarks.training import OutOfTime, TrainingBench
     from splitkern.benchmarks.training_methods import ACTIVATION_BUDGETS, PLAIN, TrainingCase, methods
     from splitkern.memory.report import parse_bytes
     from splitkern.training.loop import TrainOptions, check_options
@@ -124,16 +134,20 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     header = {
         "benchmark": NAME,
         "options": options,
-        "commit": commit(),
+        "commit": args.commit or commit(),
         "machine": machine(torch.device(args.device)),
         "title": case.text,
     }
     record = Record(header, args.save, resume=args.resume)
     with tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
-        bench = TrainingBench(case, chosen, record, on_change=bar.set_description_str)
-        largest = bench.find_largest(at_most=args.at_most, resolution=args.resolution)
-        bench.time_batches(largest, points=args.points, rounds=args.rounds)
-    return record.data
+        seconds = args.seconds or math.inf
+        bench = TrainingBench(case, chosen, record, on_change=bar.set_description_str, seconds=seconds)
+        try:
+            largest = bench.find_largest(at_most=args.at_most, resolution=args.resolution)
+            bench.time_batches(largest, points=args.points, rounds=args.rounds)
+        except OutOfTime:
+            return record.data, False
+    return record.data, True
 
 
 _OPTIONS = (

@@ -198,12 +198,14 @@ def test_reading_the_sanitizer_and_doctor() -> None:
 def test_choice_and_limits_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = gpu_evidence.make_steps(gpu_evidence.parse(["--jobs", "1", "--budget-ms", "20"]))
     assert [s.name for s in gpu_evidence.select(steps, "tests,bench,memcheck")] == [
-        "tests", "conv", "pool", "copy", "memcheck",
+        "tests", "conv", "pool", "copy", "training-vgg19", "training-resnet50", "memcheck",
     ]  # fmt: skip
-    monkeypatch.setattr(gpu_evidence, "LIBRARY", Path(__file__))
+    monkeypatch.setattr(gpu_evidence, "LIBRARIES", {"one": "__init__.py"})
     assert next(s.name for s in gpu_evidence.select(steps, None)) == "doctor"
-    monkeypatch.setattr(gpu_evidence, "LIBRARY", Path("nowhere"))
+    monkeypatch.setattr(gpu_evidence, "LIBRARIES", {"one": "__init__.py", "other": "nowhere.so"})
+    steps = gpu_evidence.make_steps(gpu_evidence.parse(["--jobs", "1"]))
     assert next(s.name for s in gpu_evidence.select(steps, None)) == "build"
+    assert steps[0].environment == {"SPLITKERN_ONLY": "other"}
     gpu_evidence.set_limits(steps, "conv=77")
     assert next(s for s in steps if s.name == "conv").limit_s == 77
     for bad in ("conv", "nothing=3"):
@@ -219,7 +221,7 @@ def test_the_steps_are_commands_that_splitkern_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     benches = [s for s in gpu_evidence.make_steps(gpu_evidence.parse(options)) if s.record]
-    assert [s.name for s in benches] == ["conv", "pool", "copy"]
+    assert [s.name for s in benches] == ["conv", "pool", "copy", "training-vgg19", "training-resnet50"]
     for bench in benches:
         assert bench.command[1:3] == ["-m", "splitkern"]
         arguments = ["--save", "/nowhere/x.json", "--resume", "--seconds", "9", "--commit", "abc"]

@@ -259,3 +259,11 @@ def test_what_the_user_can_mend_is_one_line(
 ) -> None:
     assert main(["bench", "training", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.torchvision
+def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    command = ["bench", "training", "--image-size", "32", "--budget", "1GiB", "--methods", "plain", "--save", str(file)]
+    assert main([*command, "--seconds", "1e-9"]) == 4
+    assert "out of time after 0 rows; go on with --resume" in capsys.readouterr().err
