@@ -182,7 +182,8 @@ class StepExecutor:
         self._stream = self._current_stream()
         self._pipeline = self._make_pipeline()
         self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
-        self._lock = threading.Lock()
+        # Reentrant: while it is held the garbage collector may end the very step that is being given up.
+        self._lock = threading.RLock()
         self._next_part: int | None = None
         self._number = 0
         self._versions: dict[str, tuple[Tensor, int]] = {}
