@@ -32,6 +32,15 @@ class Pipeline {
     for (const Boundary& boundary : plan.boundaries) waits_.push_back(options.poison || !boundary.waits.empty());
   }
 
+  // Python lets go of its objects with its lock held, and the wait for the streams can be long: other threads run on.
+  ~Pipeline() {
+    const py::gil_scoped_release unlocked;
+    pipeline_.reset();
+    streams_.reset();
+  }
+  Pipeline(const Pipeline&) = delete;
+  Pipeline& operator=(const Pipeline&) = delete;
+
   void at_boundary(int32_t boundary) {
     pipeline_->at_boundary(boundary);
     if (!host_computes_ || !waits_[static_cast<size_t>(boundary)]) return;

@@ -97,6 +97,20 @@ class Arenas:
                 f"{bytes_text(host_bytes)} of {kind} for what is offloaded cannot be had: "
                 f"{_first_line(error)}; give a smaller host_budget, or close what holds host memory"
             ) from error
+        self._stream = _current_stream(device)
+
+    def follow(self, stream: torch.cuda.Stream | None) -> None:
+        """Moves to another stream, behind all that was launched on the one before, whichever executor did.
+
+        Args:
+            stream: of the step that begins; None on the CPU.
+        """
+        if stream is None or stream == self._stream:
+            return
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self.device.record_stream(stream)
+        self._stream = stream
 
 
 @dataclass(frozen=True)
@@ -179,10 +193,11 @@ class StepExecutor:
         self._outputs = self._bind_outputs(operations)
         self.parts = self._divide_backward(operations)
         self._gradients = {name: self._view_at(place, len(operations)) for name, place in step.gradients.items()}
-        self._stream = self._current_stream()
+        self._stream = _current_stream(step.device)
         self._pipeline = self._make_pipeline()
         self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
-        self._lock = threading.Lock()
+        # Reentrant: while it is held the garbage collector may end the very step that is being given up.
+        self._lock = threading.RLock()
         self._next_part: int | None = None
         self._number = 0
         self._versions: dict[str, tuple[Tensor, int]] = {}
@@ -219,18 +234,13 @@ class StepExecutor:
             copy_slots=_library.copy_slots_address() if any(copy.compressed for copy in self.plan.copies) else 0,
         )
 
-    def _current_stream(self) -> torch.cuda.Stream | None:
-        return torch.cuda.current_stream(self.step.device) if self.step.device.type == "cuda" else None
-
     def _follow_stream(self) -> None:
-        """Moves to the caller's stream, behind all that was launched on the one before."""
-        stream = self._current_stream()
-        if stream is None or self._stream is None or stream == self._stream:
-            return
-        stream.wait_stream(self._stream)
-        self.arenas.device.record_stream(stream)
-        self._stream = stream
-        self._pipeline = self._make_pipeline()
+        """Moves to the caller's stream: the arenas, which executors may share, and then the pipeline."""
+        stream = _current_stream(self.step.device)
+        self.arenas.follow(stream)
+        if stream != self._stream:
+            self._stream = stream
+            self._pipeline = self._make_pipeline()
 
     # --- what is bound once --------------------------------------------------------------------------------------
 
@@ -630,6 +640,10 @@ class StepExecutor:
                 raise RuntimeError(f"{tensor.name}: storage of type {value.dtype} read as {tensor.dtype}")
             offset = value.storage_offset() + tensor.offset_bytes // tensor.element_bytes
             slot.bind(value.as_strided(tensor.sizes, tensor.strides, offset))
+
+
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _arena(size_bytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:

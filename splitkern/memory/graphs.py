@@ -8,7 +8,7 @@ for every part of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,14 +30,24 @@ def require_graphs(device: torch.device, *, debug: bool) -> None:
         raise ValueError("cuda_graphs and debug exclude each other: debug checks memory between all operations")
 
 
-def capture(run: Callable[[], None]) -> Replay:
+def new_pool() -> Any:
+    """A memory pool, that graphs may share which never run at the same time and leave nothing in it."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(run: Callable[[], None], pool: Any) -> Replay:
     """Captures what a function launches on the current device, without running it.
+
+    Args:
+        run: launches.
+        pool: of :func:`new_pool`, for what the function allocates.
 
     Returns:
         Launches it on the current stream.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Of this thread alone: those that feed copies wait for events meanwhile, which a global capture forbids.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
@@ -57,11 +67,14 @@ class PieceGraphs:
         self._run = run
         self._active = [bool(one.waits or one.issues) for one in plan.boundaries]
         self._graphs: dict[tuple[int, int], Replay] = {}
+        # One for all pieces: what their operations allocate is there once, as without graphs.
+        self._pool: Any = None
         self._warm: dict[tuple[int, int], int] = {}
 
     def clear(self) -> None:
         """Forgets all graphs: what they point to has moved."""
         self._graphs.clear()
+        self._pool = None  # an empty pool cannot be captured into again
 
     def pieces(self, begin: int, end: int) -> list[tuple[int, int]]:
         """Divides instances at the boundaries where copies are issued or waited for."""
@@ -83,5 +96,7 @@ class PieceGraphs:
                 for number in range(begin, end):
                     self._run(number)
 
-            replay = self._graphs[piece] = capture(run)
+            if self._pool is None:
+                self._pool = new_pool()
+            replay = self._graphs[piece] = capture(run, self._pool)
         replay()

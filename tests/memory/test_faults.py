@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ import splitkern as sk
 from splitkern import _core
 from splitkern.memory import executor as executors
 from splitkern.memory.compile import compile, compiled_forward_of, uncompile_
-from splitkern.memory.executor import StepExecutor
+from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from tests.memory.compiled_models import (
     IMAGES,
     LABELS,
@@ -202,3 +204,36 @@ def test_uncompiled_in_the_middle_of_a_step() -> None:
     for one in (loss, wanted):
         one.backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_other_threads_run_while_a_pipeline_ends() -> None:
+    """Its last reference goes with Python's lock held, and copies on their way take their time."""
+    model = split_small()
+    shaken = ExecutorOptions(chunk_bytes=1 << 12, max_delay_us=5000)
+    compile(model, IMAGES, budget=smallest_budget(model), costs="paper", link_gbps=1, execution=shaken)
+    forward = compiled_forward_of(model)
+    assert forward is not None
+    (executor,) = forward.planned((IMAGES,)).executors
+    output = model(IMAGES)
+    ran, interval = threading.Event(), sys.getswitchinterval()
+    may_run = threading.Lock()
+
+    def runs() -> None:
+        with may_run:
+            ran.set()
+
+    sys.setswitchinterval(60)  # a thread keeps the lock until it lets go of it
+    try:
+        with may_run:
+            thread = threading.Thread(target=runs)
+            thread.start()
+            pipelines = [executor._pipeline]
+            executor._pipeline = None
+        assert not ran.is_set()
+        del pipelines[0]
+        assert ran.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    del output, executor
+    uncompile_(model)

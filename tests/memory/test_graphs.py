@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ class Recorded:
     def __init__(self) -> None:
         self.captures: list[int] = []
         self.replays = 0
+        self.pools: list[object] = []
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, run: Callable[[], None], pool: object) -> Callable[[], None]:
+        self.pools.append(pool)
         calls: list[Callable[[], None]] = []
 
         def note(call: Any) -> None:
@@ -79,6 +82,7 @@ def _copied(container: Any) -> Any:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     stand_in = Recorded()
     monkeypatch.setattr(graphs, "capture", stand_in)
+    monkeypatch.setattr(graphs, "new_pool", object)
     monkeypatch.setattr(planned_step, "require_graphs", lambda device, debug: None)
     return stand_in
 
@@ -112,6 +116,29 @@ def test_parameters_that_move_are_captured_anew(recorded: Recorded) -> None:
         one[0].weight.data = one[0].weight.data + 1
     require_equal(train(model), train(expected))
     assert len(recorded.captures) == 2 * captures
+    # One pool for the pieces, and another one for those that take their place.
+    assert len(set(recorded.pools[:captures])) == len(set(recorded.pools[captures:])) == 1
+    assert len(set(recorded.pools)) == 2
+
+
+def test_a_capture_leaves_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that feed copies go on while a piece is captured."""
+    given: list[dict[str, Any]] = []
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    @contextmanager
+    def begin(graph: Graph, **options: Any) -> Iterator[None]:
+        given.append(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", begin)
+    ran: list[int] = []
+    graphs.capture(lambda: ran.append(1), "pool")()
+    assert ran == [1] and given == [{"pool": "pool", "capture_error_mode": "thread_local"}]
 
 
 def test_gradients_of_a_replayed_step_are_the_callers(recorded: Recorded) -> None:

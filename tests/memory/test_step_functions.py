@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,36 @@ def test_a_step_ends_when_its_graph_goes() -> None:
     gc.collect()
     assert executor.next_part is None
     model(IMAGES).sum().backward()
+
+
+def test_a_step_that_is_collected_while_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector runs wherever something is allocated: also where the next forward pass ends the last."""
+    model = small()
+    compile(model, IMAGES, budget=smallest_budget(model), costs="paper", link_gbps=1, execution=SHAKEN)
+    (executor,) = executors_of(model)
+    release = executor._release
+
+    def collects_first() -> None:
+        gc.collect()
+        release()
+
+    gc.collect()
+    gc.disable()
+    try:
+        loop: dict[str, Any] = {"output": model(IMAGES)}
+        loop["self"] = loop
+        del loop
+        assert executor.next_part == 0
+        monkeypatch.setattr(executor, "_release", collects_first)
+        outputs: list[Any] = []
+        thread = threading.Thread(target=lambda: outputs.append(model(IMAGES)), daemon=True)
+        thread.start()
+        thread.join(timeout=60)
+        assert len(outputs) == 1, "the forward pass waits for itself"
+    finally:
+        gc.enable()
+    outputs.pop().sum().backward()
+    assert executor.next_part is None
 
 
 def test_gradients_of_some_parameters_alone() -> None:

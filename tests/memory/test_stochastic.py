@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import splitkern as sk
 from splitkern import _core
 from splitkern.memory import draws as drawn
+from splitkern.memory import executor as executors
 from splitkern.memory import planned_step
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.compile import BudgetError, CompiledForward, compile, compiled_forward_of, uncompile_
@@ -397,6 +398,66 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_forward_pass(
     monkeypatch.setattr(steps, "_make", make)
     expected = train(copy.deepcopy(uncompiled(network)))
     assert not differences(train(network), expected)
+
+
+class Stream:
+    """Stands for a CUDA stream: what it waits for comes before what is launched on it afterwards."""
+
+    def __init__(self) -> None:
+        self.behind: set[Stream] = set()
+
+    def wait_stream(self, other: Stream) -> None:
+        self.behind |= {other, *other.behind}
+
+
+class OnStreams:
+    """An arena that can be told which streams use it."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.recorded = memory, set[Stream]()
+
+    def record_stream(self, stream: Stream) -> None:
+        self.recorded.add(stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.memory[index]
+
+
+@either
+def test_a_draw_runs_behind_the_one_before_on_whatever_stream(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An executor may be new on its stream, or have run there before others did on another."""
+    first, second = Stream(), Stream()
+    now = [first]
+    monkeypatch.setattr(executors, "_current_stream", lambda device: now[0])
+    steps = steps_of(compiled(network))
+    steps.arenas.device = arena = OnStreams(steps.arenas.device)  # type: ignore[assignment]
+    parameters = dict(network.named_parameters()) | dict(network.named_buffers())
+    drawing = steps._drawing
+    draws = [draw for draw in drawing.samples(4) if draw != drawing.of_layout(drawing.even)]
+
+    def run(draw: Draw | None) -> None:
+        executor = steps.even if draw is None else steps.executor(draw)
+        assert executor is not None
+        executor.forward(parameters, [IMAGES])
+        executor.give_up(executor.number)
+
+    run(None)
+    now[0] = second
+    run(draws[0])  # made on this stream
+    assert first in second.behind and second in arena.recorded
+    third = now[0] = Stream()
+    run(draws[1])
+    now[0] = first
+    run(None)  # as long ago
+    assert {second, third} <= first.behind and third in arena.recorded
+    first.behind.clear()
+    run(draws[1])
+    assert not first.behind
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
