@@ -2,8 +2,8 @@
 """`make gpu-evidence`: everything that needs a GPU, in one resumable run that writes one JSON file.
 
 Steps: build (only what is missing of the libraries), doctor, tests of the operators and of training in a byte budget
-(skips are failures), conv, pool, copy and training benchmarks, compute-sanitizer's memcheck and racecheck over a small
-subset; with --full also the large tests, every layer and further networks. The
+(skips are failures), golden outputs, conv, pool, copy and training benchmarks, compute-sanitizer's memcheck and
+racecheck over a small subset; with --full also the large tests and every layer. The
 file bench/results/<device>-<date>.json is renewed after every step and every row, so that a run can be cut off at any
 moment and continued with --resume. `splitkern bench report FILE` prints its tables. This program needs only Python;
 what it runs needs torch and splitkern, from this folder.
@@ -31,6 +31,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = {"_ops": "_ops.so", "_core": f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"}
+
+# What the Hopper kernels compute for a few small shapes, for the tests that run them on the CPU.
+GOLDEN = ROOT / "tests" / "kernel_checks" / "golden_sm90.json"
 
 PASSED = "passed"
 FAILED = "failed"
@@ -127,6 +130,13 @@ def read_doctor(log: str) -> dict[str, Any]:
         return {}
 
 
+def read_golden(log: str) -> dict[str, Any]:
+    """Golden outputs, which the step left in a file."""
+    with contextlib.suppress(OSError, ValueError):
+        return {"golden": json.loads(GOLDEN.read_text())}
+    return {}
+
+
 def read_sanitizer(log: str) -> dict[str, Any]:
     """The summaries of compute-sanitizer."""
     lines = [line.strip("= ") for line in log.splitlines() if "SUMMARY" in line]
@@ -157,6 +167,7 @@ def make_steps(options: argparse.Namespace) -> list[Step]:
         Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 900, only),
         Step("doctor", [*python, "-m", "splitkern", "doctor", "--json"], 90, read=read_doctor),
         Step("tests", [*tests, *parallel, *timeout], 300, {**gpu, "OMP_NUM_THREADS": "1"}, read=read_tests),
+        Step("golden", [*python, "-m", "tests.kernel_checks.golden", str(GOLDEN)], 90, read=read_golden),
         Step("memory", [*memory, *timeout], 300, gpu, read=read_tests),
         Step("conv", [*bench, "conv", *which, *extra], 420 * scale, record=True),
         Step("pool", [*bench, "pool", *which, *extra], 150 * scale, record=True),
