@@ -1,8 +1,8 @@
 """Golden outputs of the Hopper convolutions: what a GPU computed for a few small shapes, kept to the bit.
 
 `python -m tests.kernel_checks.golden` records them on a GPU of compute capability 9.0, into ``golden_sm90.json`` here;
-`make gpu-evidence` does, and keeps them in its own file too. The kernels that the tests run on the CPU are compared with
-them.
+`make gpu-evidence` does, and keeps them in its own file too. The kernels that the tests run on the CPU are compared
+with them.
 """
 
 from __future__ import annotations
