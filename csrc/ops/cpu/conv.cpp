@@ -415,7 +415,7 @@ Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_inpu
 
   OptionalTensor sum;
   if (base.has_value()) {
-    sum = new_contiguous(grad_output, call.weight_size, sum_type);
+    sum = new_output(*base, call.weight_size, sum_type);  // its format, which ATen's terms have too
     copy_to(*sum, *base);
   }
   if (grad_output.numel() != 0 && input.numel() != 0 && call.weight_size[1] != 0) {
