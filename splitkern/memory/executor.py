@@ -617,18 +617,18 @@ class StepExecutor:
             value = torch.empty_strided(tensor.sizes, tensor.strides, dtype=value.dtype, device=value.device).copy_(
                 value
             )
-        self._put(storage, value)
+        self._put(storage, value, tensor.offset_bytes)
         if is_static:
             self._static.add(storage)
 
-    def _put(self, storage: int, value: Tensor) -> None:
-        """Binds a tensor, whose memory begins where the storage does, to all slots of a storage."""
+    def _put(self, storage: int, value: Tensor, begin_bytes: int = 0) -> None:
+        """Binds a tensor, whose memory begins so many bytes behind the storage, to all slots of a storage."""
         self._bound[storage] = value
         for place, slot in self._slots[storage].items():
             tensor = self.step.tensors[place]
             if value.dtype != tensor.dtype:
                 raise RuntimeError(f"{tensor.name}: storage of type {value.dtype} read as {tensor.dtype}")
-            offset = value.storage_offset() + tensor.offset_bytes // tensor.element_bytes
+            offset = value.storage_offset() + (tensor.offset_bytes - begin_bytes) // tensor.element_bytes
             slot.bind(value.as_strided(tensor.sizes, tensor.strides, offset))
 
 

@@ -187,6 +187,11 @@ class Recorder(TorchDispatchMode):
             storage = self.storages[index]
             storage.kind, storage.name, storage.constant, storage.is_written = kind, name, constant, True
 
+    @property
+    def constants(self) -> list[tuple[Tensor, Tensor]]:
+        """Tensors that the model holds as neither parameter nor buffer, each with its fake."""
+        return list(self._constants.values())
+
     def box(self, tensor: Tensor) -> Box:
         """Where a tensor lies now."""
         size = tensor.element_size()
