@@ -329,7 +329,7 @@ def capture(
     if device_type not in (None, "cpu", "cuda"):
         raise ValueError(f"device_type must be 'cpu', 'cuda' or None, got {device_type!r}")
     modules = _modules(model, loss)
-    _require_capturable(modules)
+    _require_capturable(modules, runs_gradient_hooks=given_gradients)
     with ExitStack() as stack:
         stack.enter_context(without_recomputation(model))
         stack.enter_context(_unchanged(modules))
@@ -364,7 +364,18 @@ _HOOKS = (
 )
 
 
-def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
+def global_hooks() -> int:
+    """How many hooks are registered for every module there is."""
+    module = nn.modules.module
+    return sum(len(getattr(module, f"_global{hooks}")) for hooks in _HOOKS)
+
+
+def _require_capturable(modules: Mapping[str, nn.Module], *, runs_gradient_hooks: bool) -> None:
+    if global_hooks():
+        raise CaptureError(
+            "forward or backward hooks are registered for all modules, which a captured step would not run; remove "
+            "them first"
+        )
     for path, module in modules.items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
@@ -379,7 +390,8 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             if tensor is None:
                 continue
             full = f"{path}.{key}" if path else key
-            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            hooked = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+            if hooked and not runs_gradient_hooks:  # where the caller's autograd has the gradients, it calls them
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
@@ -419,6 +431,7 @@ def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         for path, module in modules.items()
     ]
     kept: list[str] = []
+    counted: list[str] = []
     try:
         yield
     finally:
@@ -428,6 +441,8 @@ def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
                     continue
                 if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value)):
                     kept.append(f"{_where(path, module)} keeps a tensor of the step in {key!r}")
+                elif key in attributes and isinstance(value, int | float | str) and value != attributes[key]:
+                    counted.append(f"{_where(path, module)} changes its {key!r} in the forward pass")
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for key, values in dictionaries.items():
@@ -435,6 +450,8 @@ def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
                 module.__dict__[key].update(values)
     if kept:
         raise CaptureError(f"{kept[0]}, which a captured step would not set; return it instead")
+    if counted:
+        raise CaptureError(f"{counted[0]}, which a captured step would not do; change it in the training loop")
 
 
 @contextmanager

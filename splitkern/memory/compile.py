@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from splitkern import _core
+from splitkern.memory.capture import global_hooks
 from splitkern.memory.cost_model import CostModel, cost_model
 from splitkern.memory.executor import ExecutorOptions
 from splitkern.memory.planned_step import BudgetError, CompiledPlan, CompileOptions, PlannedStep
@@ -103,19 +104,19 @@ class CompiledForward:
         inputs = tuple(
             (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
             if isinstance(leaf, Tensor)
-            else leaf
+            else _constant(leaf)
             for leaf in leaves
         )
         parameters = tuple(
             (name, tuple(p.shape), p.stride(), p.dtype, p.device, p.requires_grad)
-            for name, p in self.model.named_parameters()
+            for name, p in (*self.model.named_parameters(), *self.model.named_buffers())
         )
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         same = tuple(next(i for i, other in enumerate(tensors) if other is one) for one in tensors)
         device = self.model_device().type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         modules = tuple(_settings(module) for module in self.model.modules())
-        return inputs, same, str(structure), parameters, modules, autocast
+        return inputs, same, str(structure), parameters, modules, autocast, global_hooks()
 
     def model_device(self) -> torch.device:
         """Of the first parameter."""
@@ -138,21 +139,30 @@ def _as_before(forward: CompiledForward) -> Iterator[None]:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
+#: What every module has of its own accord (parameters, hooks), and what `compile` adds.
+_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "plan"}
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What a captured step takes for constant about a module: its class, flags, numbers, and whether it has hooks."""
+    """What a captured step takes for constant about a module: its class, attributes, and whether it has hooks."""
     held = module.__dict__
-    plain = tuple(
-        (name, value)
-        for name, value in held.items()
-        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(one, _PLAIN) for one in value))
-    )
-    return id(module), type(module), plain, tuple(len(held[name]) for name in _HOOKS)
+    attributes = tuple((name, _constant(value)) for name, value in held.items() if name not in _OWN)
+    return id(module), type(module), attributes, tuple(len(held[name]) for name in _HOOKS)
+
+
+def _constant(value: Any) -> Any:
+    """Equal only for what a captured step takes for the same: plain values by type and value, others by identity."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if type(value) in (list, tuple):
+        return type(value), tuple(map(_constant, value))
+    if type(value) is dict:
+        return tuple((_constant(key), _constant(one)) for key, one in value.items())
+    return type(value), id(value)
 
 
 def _shapes(key: Any) -> str:
-    return ", ".join(str(list(one[0])) for one in key[0] if isinstance(one, tuple))
+    return ", ".join(str(list(one[0])) for one in key[0] if isinstance(one[0], tuple))
 
 
 # --- the public functions -----------------------------------------------------------------------------------------
