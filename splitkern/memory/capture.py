@@ -329,7 +329,7 @@ def capture(
     if device_type not in (None, "cpu", "cuda"):
         raise ValueError(f"device_type must be 'cpu', 'cuda' or None, got {device_type!r}")
     modules = _modules(model, loss)
-    _require_capturable(modules)
+    _require_capturable(modules, runs_gradient_hooks=given_gradients)
     with ExitStack() as stack:
         stack.enter_context(without_recomputation(model))
         stack.enter_context(_unchanged(modules))
@@ -364,7 +364,18 @@ _HOOKS = (
 )
 
 
-def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
+def global_hooks() -> int:
+    """How many hooks are registered for every module there is."""
+    module = nn.modules.module
+    return sum(len(getattr(module, f"_global{hooks}")) for hooks in _HOOKS)
+
+
+def _require_capturable(modules: Mapping[str, nn.Module], *, runs_gradient_hooks: bool) -> None:
+    if global_hooks():
+        raise CaptureError(
+            "forward or backward hooks are registered for all modules, which a captured step would not run; remove "
+            "them first"
+        )
     for path, module in modules.items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
@@ -379,7 +390,8 @@ def _require_capturable(modules: Mapping[str, nn.Module]) -> None:
             if tensor is None:
                 continue
             full = f"{path}.{key}" if path else key
-            if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            hooked = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+            if hooked and not runs_gradient_hooks:  # where the caller's autograd has the gradients, it calls them
                 raise CaptureError(f"{full} has gradient hooks, which a captured step would not run; remove them first")
             if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
                 raise CaptureError(f"{full} is a {type(tensor).__name__}; subclasses of Tensor cannot be planned")
@@ -419,6 +431,7 @@ def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
         for path, module in modules.items()
     ]
     kept: list[str] = []
+    counted: list[str] = []
     try:
         yield
     finally:
@@ -428,6 +441,8 @@ def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
                     continue
                 if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value)):
                     kept.append(f"{_where(path, module)} keeps a tensor of the step in {key!r}")
+                elif key in attributes and isinstance(value, int | float | str) and value != attributes[key]:
+                    counted.append(f"{_where(path, module)} changes its {key!r} in the forward pass")
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for key, values in dictionaries.items():
@@ -435,6 +450,8 @@ def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
                 module.__dict__[key].update(values)
     if kept:
         raise CaptureError(f"{kept[0]}, which a captured step would not set; return it instead")
+    if counted:
+        raise CaptureError(f"{counted[0]}, which a captured step would not do; change it in the training loop")
 
 
 @contextmanager
@@ -448,6 +465,19 @@ def _fresh_autocast_cache() -> Iterator[None]:
     finally:
         if enabled:
             torch.clear_autocast_cache()
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata or 0 in (one.numel(), other.numel()):
+        return False
+
+    def extent(tensor: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begin, item = int(tensor.storage_offset()), tensor.element_size()
+        return begin * item, (begin + int(last) + 1) * item
+
+    (begin, end), (other_begin, other_end) = extent(one), extent(other)
+    return begin < other_end and other_begin < end
 
 
 class _Capture:
@@ -480,6 +510,8 @@ class _Capture:
         self.phase = "forward"
         self.parameters: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
+        # What the step is given, by name: as it is, and its fake.
+        self.given: list[tuple[str, Tensor, Tensor]] = []
 
     def run(self, name: str) -> CapturedStep:
         self._fake_parameters()
@@ -511,6 +543,7 @@ class _Capture:
             raise self._error(error) from error
         except Exception as error:
             raise self._error(error) from error
+        self._require_apart()
         boxes = self.recorder.box
         everything, structure = tree_flatten(result)
         if self.given_gradients and not all(isinstance(leaf, Tensor) for leaf in everything):
@@ -552,14 +585,38 @@ class _Capture:
                         continue
                     full = f"{path}.{key}" if path else key
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = self.fake_mode.from_tensor(tensor, static_shapes=True)
-                        self.recorder.declare(fakes[id(tensor)], "parameter", full)
+                        fakes[id(tensor)] = self._given("parameter", full, tensor)
                     held[key] = fakes[id(tensor)]
                     self.parameters[full] = fakes[id(tensor)]
         # named_modules lists a shared module once; its other paths are names of the same tensors.
         for path, tensor in self.model.state_dict(keep_vars=True).items():
             if isinstance(tensor, Tensor):
                 self.parameters.setdefault(path, tensor)
+
+    def _given(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """A fake in memory of its own: of what a view is a view, and where in it, differs from step to step."""
+        with self.fake_mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        fake.requires_grad_(tensor.requires_grad)
+        self.recorder.declare(fake, kind, name)
+        self.given.append((name, tensor, fake))
+        return fake
+
+    def _require_apart(self) -> None:
+        """What the step changes in place must be nothing else that it is given: each is taken to be by itself."""
+        recorder = self.recorder
+        written = {box.storage for operation in recorder.operations for box in operation.writes}
+        given = [*self.given, *(("a tensor that the model holds", *pair) for pair in recorder.constants)]
+        changed = [one for one in given if recorder.box(one[2]).storage in written]
+        for name, tensor, fake in changed:
+            for other, seen, other_fake in given:
+                if fake is not other_fake and _share_memory(tensor, seen):
+                    raise CaptureError(
+                        f"{name} and {other} share memory, and the step changes the first in place, which a plan "
+                        "cannot follow; give each memory of its own (clone)"
+                    )
 
     def _fake_inputs(self, prefix: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         count = 0
@@ -568,11 +625,8 @@ class _Capture:
             nonlocal count
             full = f"{prefix}.{count}"
             count += 1
-            result = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
-            result.requires_grad_(tensor.requires_grad)
-            self.recorder.declare(result, "input", full)
-            self.inputs[full] = result
-            return result
+            self.inputs[full] = self._given("input", full, tensor)
+            return self.inputs[full]
 
         mapped: tuple[Any, ...] = tree_map_only(Tensor, fake, values)
         return mapped

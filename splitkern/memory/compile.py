@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from splitkern import _core
+from splitkern.memory.capture import global_hooks
 from splitkern.memory.cost_model import CostModel, cost_model
 from splitkern.memory.executor import ExecutorOptions
 from splitkern.memory.planned_step import BudgetError, CompiledPlan, CompileOptions, PlannedStep
@@ -103,19 +104,19 @@ class CompiledForward:
         inputs = tuple(
             (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
             if isinstance(leaf, Tensor)
-            else leaf
+            else _constant(leaf)
             for leaf in leaves
         )
         parameters = tuple(
             (name, tuple(p.shape), p.stride(), p.dtype, p.device, p.requires_grad)
-            for name, p in self.model.named_parameters()
+            for name, p in (*self.model.named_parameters(), *self.model.named_buffers())
         )
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         same = tuple(next(i for i, other in enumerate(tensors) if other is one) for one in tensors)
         device = self.model_device().type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         modules = tuple(_settings(module) for module in self.model.modules())
-        return inputs, same, str(structure), parameters, modules, autocast
+        return inputs, same, str(structure), parameters, modules, autocast, global_hooks()
 
     def model_device(self) -> torch.device:
         """Of the first parameter."""
@@ -138,21 +139,30 @@ def _as_before(forward: CompiledForward) -> Iterator[None]:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
+#: What every module has of its own accord (parameters, hooks), and what `compile` adds.
+_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "plan"}
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What a captured step takes for constant about a module: its class, flags, numbers, and whether it has hooks."""
+    """What a captured step takes for constant about a module: its class, attributes, and whether it has hooks."""
     held = module.__dict__
-    plain = tuple(
-        (name, value)
-        for name, value in held.items()
-        if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(one, _PLAIN) for one in value))
-    )
-    return id(module), type(module), plain, tuple(len(held[name]) for name in _HOOKS)
+    attributes = tuple((name, _constant(value)) for name, value in held.items() if name not in _OWN)
+    return id(module), type(module), attributes, tuple(len(held[name]) for name in _HOOKS)
+
+
+def _constant(value: Any) -> Any:
+    """Equal only for what a captured step takes for the same: plain values by type and value, others by identity."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if type(value) in (list, tuple):
+        return type(value), tuple(map(_constant, value))
+    if type(value) is dict:
+        return tuple((_constant(key), _constant(one)) for key, one in value.items())
+    return type(value), id(value)
 
 
 def _shapes(key: Any) -> str:
-    return ", ".join(str(list(one[0])) for one in key[0] if isinstance(one, tuple))
+    return ", ".join(str(list(one[0])) for one in key[0] if isinstance(one[0], tuple))
 
 
 # --- the public functions -----------------------------------------------------------------------------------------
@@ -223,6 +233,11 @@ def compile(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if compiled_forward_of(model) is not None:
         raise ValueError(f"this {type(model).__name__} is already compiled; call uncompile_ first")
+    for path, module in model.named_modules():
+        if path and compiled_forward_of(module) is not None:
+            raise ValueError(
+                f"module {path!r} ({type(module).__name__}) is already compiled; call uncompile_ on it first"
+            )
     if not model.training:
         raise ValueError(f"this {type(model).__name__} is in evaluation mode; call train() before compile")
     if hasattr(model, "plan"):
@@ -231,11 +246,17 @@ def compile(
         raise ValueError(f"strategy must be one of {_core.strategy_names()}, got {strategy!r}")
     if isinstance(costs, str) and costs != "measured":
         costs = cost_model(costs)
-    if link_gbps is not None and not 0 < link_gbps < math.inf:
-        raise ValueError(f"link_gbps must be a positive number, got {link_gbps}")
+    if not isinstance(costs, str | CostModel):
+        raise TypeError(f"costs must be 'measured', a cost model or its name, got {type(costs).__name__}")
+    if link_gbps is not None and not (isinstance(link_gbps, int | float) and 0 < link_gbps < math.inf):
+        raise ValueError(f"link_gbps must be a positive number, got {link_gbps!r}")
+    if not isinstance(optimizer_bytes, int) or isinstance(optimizer_bytes, bool):
+        raise TypeError(f"optimizer_bytes must be a whole number of bytes, got {optimizer_bytes!r}")
     if optimizer_bytes < 0:
         raise ValueError(f"optimizer_bytes must not be negative, got {optimizer_bytes}")
-    if not isinstance(in_flight, int) or in_flight < 1:
+    if execution is not None and not isinstance(execution, ExecutorOptions):
+        raise TypeError(f"execution must be ExecutorOptions or None, got {type(execution).__name__}")
+    if not isinstance(in_flight, int) or isinstance(in_flight, bool) or in_flight < 1:
         raise ValueError(f"in_flight must be a whole number of at least 1, got {in_flight!r}")
     if compress and budget is None:
         raise ValueError("compress=True needs a budget: with budget=None nothing is offloaded")
@@ -252,6 +273,9 @@ def compile(
         compress=compress,
         execution=ExecutorOptions() if execution is None else execution,
     )
+    if not isinstance(example_inputs, Tensor | Sequence) or isinstance(example_inputs, str):
+        came = type(example_inputs).__name__
+        raise TypeError(f"example_inputs must be a tensor or the tuple of the model's arguments, got {came}")
     arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     forward = CompiledForward(model, options)
     model.__dict__["forward"] = forward
@@ -289,6 +313,8 @@ def uncompile_(model: Model) -> Model:
 
 def compiled_forward_of(model: nn.Module) -> CompiledForward | None:
     """The compiled forward of a model, None where it is not compiled."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     forward = model.__dict__.get("forward")
     return forward if isinstance(forward, CompiledForward) else None
 
@@ -296,7 +322,12 @@ def compiled_forward_of(model: nn.Module) -> CompiledForward | None:
 def _bytes(name: str, value: int | str | None) -> int | None:
     if value is None:
         return None
-    size = parse_bytes(value) if isinstance(value, str) else value
+    try:
+        size = parse_bytes(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ValueError(f"{name} must be a number of bytes or text such as '16GiB', got {value!r}")
+    if size >= 1 << 63:
+        raise ValueError(f"{name} must be below 2^63 bytes, got {value}")
     return size

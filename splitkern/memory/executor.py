@@ -192,6 +192,8 @@ class StepExecutor:
         self._late = self._read_in_backward(operations)
         self._outputs = self._bind_outputs(operations)
         self.parts = self._divide_backward(operations)
+        self._causes = self._find_causes()
+        self._given = frozenset[int]()
         self._gradients = {name: self._view_at(place, len(operations)) for name, place in step.gradients.items()}
         self._stream = _current_stream(step.device)
         self._pipeline = self._make_pipeline()
@@ -325,6 +327,19 @@ class StepExecutor:
             ),
             len(operations),
         )
+
+    def _find_causes(self) -> dict[str, set[int]]:
+        """For every gradient, the outputs whose gradients it is computed from."""
+        step = self.step
+        causes: dict[int, set[int]] = {}
+        for name, place in step.inputs.items():
+            if name.startswith("grad_output."):
+                causes[step.tensors[place].storage] = {int(name.removeprefix("grad_output."))}
+        for operation in step.operations:
+            found = set[int]().union(*(causes.get(step.tensors[read].storage, ()) for read in operation.reads))
+            for write in operation.writes if found else ():
+                causes.setdefault(step.tensors[write].storage, set()).update(found)
+        return {name: causes.get(step.tensors[place].storage, set()) for name, place in step.gradients.items()}
 
     def _read_in_backward(self, operations: Sequence[CapturedOperation]) -> list[tuple[str, int]]:
         """Parameters and inputs, by name and storage, whose values backward needs as forward left them."""
@@ -461,15 +476,17 @@ class StepExecutor:
         self._next_part = 0
         return [outputs[position] for position in range(len(outputs))]
 
-    def backward_part(self, part: int, grad_outputs: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    def backward_part(self, part: int, grad_outputs: Sequence[Tensor | None] = ()) -> dict[str, Tensor]:
         """Runs the next part of the backward pass.
 
         Args:
             part: position in `parts`.
-            grad_outputs: for the first part, gradients of what `forward` returned and can have one, in order.
+            grad_outputs: for the first part, gradients of what `forward` returned and can have one, in order; None
+                where the loss does not depend on it.
 
         Returns:
-            Gradients that are final now, by name of the parameter or input, in memory of their own.
+            Gradients that are final now, by name of the parameter or input, in memory of their own. As in eager
+            training there is none where the loss does not depend on the parameter or input.
 
         Raises:
             RuntimeError: out of turn, or something that backward needs was changed in place since `forward`.
@@ -485,8 +502,11 @@ class StepExecutor:
         planned = self.parts[part]
         is_last = part == len(self.parts) - 1
         try:
+            if part == 0:
+                self._given = frozenset(i for i, gradient in enumerate(grad_outputs) if gradient is not None)
             for number, gradient in enumerate(grad_outputs):
-                self._bind(self.step.inputs[f"grad_output.{number}"], gradient.detach())
+                place = self.step.inputs[f"grad_output.{number}"]
+                self._bind(place, self._zeros(place) if gradient is None else gradient.detach())
             self._run(planned.begin, planned.end)
             if self._pipeline is not None and is_last:
                 self._pipeline.at_boundary(planned.end)
@@ -508,14 +528,22 @@ class StepExecutor:
         found: dict[str, Tensor] = {}
         storages = set[int]()
         for name in names:
+            if not self._causes[name] & self._given:
+                continue
             gradient = self._gradients[name]
             storage = self._storage_of[self.step.tensors[self.step.gradients[name]].storage]
             is_own = storage in self._made - self._static and storage not in storages
             found[name] = tensor_of(gradient) if is_own else tensor_of(gradient).clone()
             storages.add(storage)
+        storages = {self._storage_of[self.step.tensors[self.step.gradients[name]].storage] for name in names}
         for storage in storages - self._static:
             self._unbind(storage)
         return found
+
+    def _zeros(self, place: int) -> Tensor:
+        tensor = self.step.tensors[place]
+        zeros = torch.empty_strided(tensor.sizes, tensor.strides, dtype=tensor.dtype, device=self.step.device)
+        return zeros.zero_()
 
     def _unbind(self, storage: int) -> None:
         self._bound.pop(storage, None)
@@ -627,18 +655,18 @@ class StepExecutor:
             value = torch.empty_strided(tensor.sizes, tensor.strides, dtype=value.dtype, device=value.device).copy_(
                 value
             )
-        self._put(storage, value)
+        self._put(storage, value, tensor.offset_bytes)
         if is_static:
             self._static.add(storage)
 
-    def _put(self, storage: int, value: Tensor) -> None:
-        """Binds a tensor, whose memory begins where the storage does, to all slots of a storage."""
+    def _put(self, storage: int, value: Tensor, begin_bytes: int = 0) -> None:
+        """Binds a tensor, whose memory begins so many bytes behind the storage, to all slots of a storage."""
         self._bound[storage] = value
         for place, slot in self._slots[storage].items():
             tensor = self.step.tensors[place]
             if value.dtype != tensor.dtype:
                 raise RuntimeError(f"{tensor.name}: storage of type {value.dtype} read as {tensor.dtype}")
-            offset = value.storage_offset() + tensor.offset_bytes // tensor.element_bytes
+            offset = value.storage_offset() + (tensor.offset_bytes - begin_bytes) // tensor.element_bytes
             slot.bind(value.as_strided(tensor.sizes, tensor.strides, offset))
 
 

@@ -187,6 +187,11 @@ class Recorder(TorchDispatchMode):
             storage = self.storages[index]
             storage.kind, storage.name, storage.constant, storage.is_written = kind, name, constant, True
 
+    @property
+    def constants(self) -> list[tuple[Tensor, Tensor]]:
+        """Tensors that the model holds as neither parameter nor buffer, each with its fake."""
+        return list(self._constants.values())
+
     def box(self, tensor: Tensor) -> Box:
         """Where a tensor lies now."""
         size = tensor.element_size()
@@ -230,6 +235,11 @@ class Recorder(TorchDispatchMode):
     def _faked(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise CaptureError(
+                f"a tensor of shape {list(tensor.shape)} requires a gradient and is neither a parameter of the model "
+                "nor an input, so that it would get none; make it an nn.Parameter, or detach it"
+            )
         if id(tensor) not in self._constants:
             fake = self.fake_mode.from_tensor(tensor)
             self._constants[id(tensor)] = (tensor, fake)

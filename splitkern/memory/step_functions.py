@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from splitkern.memory.executor import StepExecutor
 
@@ -19,6 +18,14 @@ _GONE = (
     "the activations of this forward pass are gone: a compiled model keeps those of its last {kept}, for one backward "
     "pass each (no retain_graph, no more forward passes in between; compile(in_flight=n) keeps n, uncompile_ lifts it)"
 )
+
+
+def _require_first_order() -> None:
+    """Autograd has gradients enabled in a backward pass that is to be differentiated, and only then."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: gradients of a compiled model cannot be differentiated; uncompile_ lifts it"
+        )
 
 
 class _Ticket:
@@ -81,8 +88,8 @@ class _LaterPart(torch.autograd.Function):
         return token.new_empty(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, token: Tensor) -> Any:
+        _require_first_order()
         ctx.ticket.require_next(ctx.part)
         found = ctx.ticket.executor.backward_part(ctx.part)
         return (None, None, None, token, *(found.get(name) for name in ctx.names))
@@ -103,13 +110,13 @@ class _FirstPart(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         outputs = ticket.executor.forward(*given)
         ctx.ticket, ctx.names, ctx.differentiable = ticket, names, differentiable
-        ctx.set_materialize_grads(True)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out for i, out in enumerate(outputs) if i not in differentiable))
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _require_first_order()
         ctx.ticket.require_next(0)
         found = ctx.ticket.executor.backward_part(0, [grads[i] for i in ctx.differentiable])
         token = torch.zeros(0, device=ctx.ticket.executor.step.device)

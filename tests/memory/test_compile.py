@@ -395,6 +395,15 @@ def test_an_error_in_the_middle_leaves_the_model_usable(monkeypatch: pytest.Monk
         ({"budget": None, "costs": "toaster"}, ValueError, "toaster"),
         ({"budget": None, "link_gbps": 0}, ValueError, "link_gbps"),
         ({"budget": None, "optimizer_bytes": -1}, ValueError, "optimizer_bytes"),
+        ({"budget": "much"}, ValueError, "budget must be bytes such as"),
+        ({"budget": "1MiB", "host_budget": "-3"}, ValueError, "host_budget must be bytes such as"),
+        ({"budget": 1 << 63}, ValueError, "budget must be below"),
+        ({"budget": None, "costs": 5}, TypeError, "costs"),
+        ({"budget": None, "link_gbps": "3"}, ValueError, "link_gbps"),
+        ({"budget": None, "optimizer_bytes": "1MiB"}, TypeError, "optimizer_bytes"),
+        ({"budget": None, "optimizer_bytes": 1.5}, TypeError, "optimizer_bytes"),
+        ({"budget": None, "in_flight": True}, ValueError, "in_flight"),
+        ({"budget": None, "execution": 5}, TypeError, "execution"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -407,6 +416,13 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: st
 def test_models_that_cannot_be_compiled() -> None:
     with pytest.raises(TypeError, match="Module"):
         compile(len, IMAGES, budget=None)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="Module"):
+        uncompile_(5)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="example_inputs"):
+        compile(small(), 5, budget=None)  # type: ignore[arg-type]
+    inner = nn.Sequential(compile(small(), IMAGES, budget=None, costs="paper"))
+    with pytest.raises(ValueError, match=r"module '0' .* is already compiled"):
+        compile(inner, IMAGES, budget=None)
     with pytest.raises(ValueError, match="evaluation mode"):
         compile(small().eval(), IMAGES, budget=None)
     model = compile(small(), IMAGES, budget=None, costs="paper")
