@@ -8,6 +8,7 @@ which operator made it.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 _LABEL = "splitkern.allocated:"
+_turn = threading.Lock()
 
 
 @contextmanager
@@ -38,8 +40,8 @@ class AllocatedBytes:
     """Counts the bytes that the allocator of a device gives out and takes back inside a `with` block.
 
     Counts the allocations of the calling thread, and of autograd's backward pass that it starts. What was allocated
-    before the block does not count, also where it is freed inside it. One block at a time in a process: the profiler
-    that it uses is one per process.
+    before the block does not count, also where it is freed inside it. One block at a time in a process, others wait:
+    there is one profiler.
 
     Attributes:
         peak_bytes: most bytes at a time beyond what was allocated when the block began; at least 0.
@@ -72,6 +74,7 @@ class AllocatedBytes:
     def __enter__(self) -> AllocatedBytes:
         if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             raise RuntimeError("allocations are counted by torch's profiler, and one is running already: end it first")
+        _turn.acquire()
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -93,7 +96,10 @@ class AllocatedBytes:
     ) -> None:
         running = self._profile
         assert running is not None and running.profiler is not None
-        running.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        try:
+            running.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        finally:
+            _turn.release()
         results = running.profiler.kineto_results
         self._profile = None
         if kind is None:

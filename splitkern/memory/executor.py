@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -200,6 +200,7 @@ class StepExecutor:
         self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
         # Reentrant: while it is held the garbage collector may end the very step that is being given up.
         self._lock = threading.RLock()
+        self._busy = threading.Lock()
         self._next_part: int | None = None
         self._number = 0
         self._versions: dict[str, tuple[Tensor, int]] = {}
@@ -407,6 +408,17 @@ class StepExecutor:
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is in the middle of a step of this compiled model: one thread at a time trains it"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     @property
     def next_part(self) -> int | None:
         """Which part of the backward pass is to come; None between steps."""
@@ -445,7 +457,12 @@ class StepExecutor:
 
         Raises:
             splitkern._core.CopyFailed: an offload or prefetch failed; the executor is ready for the next step.
+            RuntimeError: another thread is inside.
         """
+        with self._turn():
+            return self._forward(parameters, inputs)
+
+    def _forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         with self._lock:
             if self._next_part is not None:
                 self._abort()
@@ -492,6 +509,10 @@ class StepExecutor:
             RuntimeError: out of turn, or something that backward needs was changed in place since `forward`.
             splitkern._core.CopyFailed: an offload or prefetch failed; the executor is ready for the next step.
         """
+        with self._turn():
+            return self._backward_part(part, grad_outputs)
+
+    def _backward_part(self, part: int, grad_outputs: Sequence[Tensor | None]) -> dict[str, Tensor]:
         if part != self._next_part:
             raise RuntimeError(f"part {part} of the backward pass comes out of turn: the next is {self._next_part}")
         for name, (value, version) in self._versions.items():

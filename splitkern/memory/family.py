@@ -286,7 +286,9 @@ class _Template:
         constants = dict(base.constants)
         for place, sequence in self._constants:
             value = constants[place]
-            constants[place] = torch.tensor(values[sequence], dtype=value.dtype).reshape(value.shape)
+            constants[place] = torch.tensor(values[sequence], dtype=value.dtype, device=value.device).reshape(
+                value.shape
+            )
         return replace(
             base,
             storages=tuple(storages),

@@ -7,6 +7,7 @@ for every part of it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,21 @@ def capture(run: Callable[[], None], pool: Any) -> Replay:
         Launches it on the current stream.
     """
     graph = torch.cuda.CUDAGraph()
+    # What the garbage collector ends meanwhile would wait for streams, which breaks a capture.
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        _capture_into(graph, run, pool)
+    finally:
+        if was_collecting:
+            gc.enable()
+    return graph.replay
+
+
+def _capture_into(graph: torch.cuda.CUDAGraph, run: Callable[[], None], pool: Any) -> None:
     # Of this thread alone: those that feed copies wait for events meanwhile, which a global capture forbids.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
-    return graph.replay
 
 
 class PieceGraphs:

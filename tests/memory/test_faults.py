@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ import splitkern as sk
 from splitkern import _core
 from splitkern.memory import executor as executors
 from splitkern.memory.compile import compile, compiled_forward_of, uncompile_
-from splitkern.memory.executor import ExecutorOptions, StepExecutor
+from splitkern.memory.executor import StepExecutor
 from tests.memory.compiled_models import (
     IMAGES,
     LABELS,
@@ -206,34 +205,24 @@ def test_uncompiled_in_the_middle_of_a_step() -> None:
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
 
 
-def test_other_threads_run_while_a_pipeline_ends() -> None:
-    """Its last reference goes with Python's lock held, and copies on their way take their time."""
-    model = split_small()
-    shaken = ExecutorOptions(chunk_bytes=1 << 12, max_delay_us=5000)
-    compile(model, IMAGES, budget=smallest_budget(model), costs="paper", link_gbps=1, execution=shaken)
-    forward = compiled_forward_of(model)
-    assert forward is not None
-    (executor,) = forward.planned((IMAGES,)).executors
-    output = model(IMAGES)
-    ran, interval = threading.Event(), sys.getswitchinterval()
-    may_run = threading.Lock()
+def test_one_thread_at_a_time() -> None:
+    model, executor = compiled()
+    refused: list[BaseException] = []
 
-    def runs() -> None:
-        with may_run:
-            ran.set()
+    def train_beside() -> None:
+        def run() -> None:
+            try:
+                model(IMAGES)
+            except RuntimeError as error:
+                refused.append(error)
 
-    sys.setswitchinterval(60)  # a thread keeps the lock until it lets go of it
-    try:
-        with may_run:
-            thread = threading.Thread(target=runs)
-            thread.start()
-            pipelines = [executor._pipeline]
-            executor._pipeline = None
-        assert not ran.is_set()
-        del pipelines[0]
-        assert ran.is_set()
-    finally:
-        sys.setswitchinterval(interval)
+        thread = threading.Thread(target=run)
+        thread.start()
         thread.join()
-    del output, executor
-    uncompile_(model)
+
+    executor.observer = At(7, train_beside)
+    F.cross_entropy(model(IMAGES), LABELS).backward()
+    (error,) = refused
+    assert "one thread at a time" in str(error)
+    executor.observer = None
+    require_usable(model)
