@@ -104,7 +104,8 @@ __global__ void compress_kernel(const __grid_constant__ OffloadCompressedParams 
   unsigned char* const values = slot.bytes + Sizes::kMaskBytes;
   const char* const device = static_cast<const char*>(params.device);
   unsigned char* const buffer = static_cast<unsigned char*>(params.host);
-  if (warp == 0 && params.first_slot == 0) store_global_streaming<uint32_t>(buffer + 4 * lane, header_word(params, lane));
+  if (warp == 0 && params.first_slot == 0)
+    store_global_streaming<uint32_t>(buffer + 4 * lane, header_word(params, lane));
 
   for (int64_t chunk = params.first_slot + warp; chunk < params.end_slot; chunk += warps) {
     const int64_t first = chunk * Sizes::kElements;

@@ -317,8 +317,8 @@ class FormCheck {
     const Residency& slot = plan_.residencies[host];
     const int64_t room_bytes = compressed_room_bytes(storage.size_bytes, storage.compression->element_bytes);
     if (slot.size_bytes < room_bytes) {
-      findings_.add(Reason::kCompressed, findings_.residency(host), " is smaller than the ", room_bytes,
-                    " bytes that ", findings_.copy(c), " may need");
+      findings_.add(Reason::kCompressed, findings_.residency(host), " is smaller than the ", room_bytes, " bytes that ",
+                    findings_.copy(c), " may need");
     }
     if (slot.offset_bytes % kCompressedAlignment != 0) {
       findings_.add(Reason::kCompressed, findings_.residency(host), " has offset ", slot.offset_bytes,

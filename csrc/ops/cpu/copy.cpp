@@ -126,9 +126,8 @@ void offload_compressed(const Tensor& src, const Tensor& dst) {
   kernels::with_element(params.header.element_size, [&](auto element) {
     using T = decltype(element);
     const T* const source = static_cast<const T*>(src.const_data_ptr());
-    for_each_slot(params, [&](int64_t first, int64_t last) {
-      kernels::compress_slots<T>(params, source, buffer, first, last);
-    });
+    for_each_slot(
+        params, [&](int64_t first, int64_t last) { kernels::compress_slots<T>(params, source, buffer, first, last); });
   });
 }
 
