@@ -97,7 +97,7 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
         open({str(pid_file)!r}, "w").write(str(child.pid))
         time.sleep(600)
     """
-    run(tmp_path / "evidence.json", [step("hangs", code, 2)])
+    run(tmp_path / "evidence.json", [step("hangs", code, 10)])
     status = Path(f"/proc/{pid_file.read_text()}/status")
 
     def gone() -> bool:
