@@ -215,6 +215,7 @@ def test_choice_and_limits_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_evidence.select(steps, "everything")
 
 
+@pytest.mark.torchvision  # the networks that `bench training` trains
 @pytest.mark.parametrize("options", [[], ["--full", "--budget-ms", "20"]], ids=["core", "full"])
 def test_the_steps_are_commands_that_splitkern_has(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

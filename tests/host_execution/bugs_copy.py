@@ -135,8 +135,8 @@ BUGS = [
         *(
             COMPRESS,
             COMPRESS,
-            "Vector16 next_mask = load_mask_of(warp);",
-            "Vector16 next_mask = load_mask_of(warp + 1);",
+            "Vector16 next_mask = load_mask_of(params.first_slot + warp);",
+            "Vector16 next_mask = load_mask_of(params.first_slot + warp + 1);",
         ),
         *(compressed, "prefetch_compressed of .*other bytes"),
     ),
