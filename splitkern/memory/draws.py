@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from splitkern import _core, geometry
 from splitkern.geometry import Span
+from splitkern.memory.arenas import Arenas
 from splitkern.memory.capture import CapturedStep, CaptureError
-from splitkern.memory.executor import Arenas, ExecutorOptions, StepExecutor
+from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from splitkern.memory.family import Draw, DrawError, Family, fit
 from splitkern.split.layout import Layout
 from splitkern.split.surgery import SplitForward, make_layout, split_forward_of
@@ -123,6 +124,16 @@ class Drawing:
         layouts = (self.split.draw(self.program, self.extents, generator) for _ in range(count))
         return list(dict.fromkeys(self.of_layout(layout) for layout in layouts))
 
+    def alone(self) -> Iterator[Layout]:
+        """The layouts that differ from the even one in one boundary alone, wherever the network allows it."""
+        origin = self.of_layout(self.even)
+        for place, (low, high) in enumerate(self.ranges):
+            for bound in range(low, high + 1):
+                try:
+                    yield self.layout((*origin[:place], bound, *origin[place + 1 :]))
+                except ValueError:
+                    continue  # here no draw comes either
+
     def fits(self, draw: Draw) -> bool:
         """Whether the network can be cut there."""
         try:
@@ -160,7 +171,11 @@ class Drawing:
 
 
 class _Lines:
-    """Along an axis every boundary moves in step with the join's, each value's by its own total stride."""
+    """Along an axis every boundary moves in step with the join's, each value's by its own total stride.
+
+    Raises:
+        DrawError: for a boundary that does not, wherever it can be drawn alone.
+    """
 
     def __init__(self, drawing: Drawing) -> None:
         self._join, self._even = drawing.join, drawing.even
@@ -175,6 +190,8 @@ class _Lines:
             self._strides.append(
                 {name: (sum(moved.bounds[name]) - sum(even.bounds[name])) * shift for name in even.bounds}
             )
+        for layout in drawing.alone():
+            self.require(layout)
 
     def require(self, layout: Layout) -> None:
         """Refuse a layout that is off these lines: the family does not hold there.
@@ -463,7 +480,8 @@ class DrawnSteps:
         plan = _placed(graph, self._plan, self._limits)
         if isinstance(plan, _core.Infeasible):
             return None
-        return StepExecutor(self._family.step(numbers), graph, plan, self._options, arenas=self.arenas)
+        step = self._family.step(numbers)
+        return StepExecutor(step, graph, plan, self._options, arenas=self.arenas, layout=self.even.layout)
 
     def _follow_fork(self) -> None:
         """A forked process has none of its parent's threads: it makes its own, and keeps what would wait for those."""

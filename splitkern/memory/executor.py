@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,15 +18,14 @@ import torch
 from torch import Tensor
 
 from splitkern import _core, _library
-from splitkern.memory.bound_calls import Bound, BoundCall, Slot, tensor_of
+from splitkern.memory.arenas import Arenas, current_stream
+from splitkern.memory.bound_calls import Bound, BoundCall, tensor_of
 from splitkern.memory.capture import CapturedOperation, CapturedStep
 from splitkern.memory.graphs import PieceGraphs
+from splitkern.memory.outside_tensors import OutsideTensors
 from splitkern.memory.report import bytes_text
 from splitkern.memory.rewrite import Call
-
-_ALIGNMENT_BYTES = 512
-#: A part of the backward pass ends once this many bytes of gradients are final: a bucket of DistributedDataParallel.
-_PART_BYTES = 25 << 20
+from splitkern.memory.step_layout import OUTSIDE, BackwardPart, StepLayout
 
 
 @dataclass(frozen=True)
@@ -54,79 +52,11 @@ class ExecutorOptions:
     cuda_graphs: bool = False
 
 
-@dataclass(frozen=True)
-class BackwardPart:
-    """A stretch of the backward pass after which some gradients are final.
-
-    Attributes:
-        begin, end: instances.
-        gradients: names of those that are final at its end.
-    """
-
-    begin: int
-    end: int
-    gradients: tuple[str, ...]
-
-
 class Observer(Protocol):
     """Told of every instance that runs, by its number, when its memory is bound and its copies have been waited for."""
 
     def instance(self, number: int) -> AbstractContextManager[object]:
         """Entered before the instance is run, left behind it."""
-
-
-class Arenas:
-    """The memory that a plan's offsets count from.
-
-    Args:
-        device_bytes, host_bytes: sizes.
-        device: of the step.
-
-    Raises:
-        RuntimeError: the device or pinned host memory cannot be had; the text says what to do.
-    """
-
-    def __init__(self, device_bytes: int, host_bytes: int, device: torch.device) -> None:
-        self.device = _arena(device_bytes, device)
-        pinned = device.type == "cuda"
-        try:
-            self.host = _arena(host_bytes, torch.device("cpu"), pinned=pinned)
-        except RuntimeError as error:
-            kind = "pinned host memory" if pinned else "host memory"
-            raise RuntimeError(
-                f"{bytes_text(host_bytes)} of {kind} for what is offloaded cannot be had: "
-                f"{_first_line(error)}; give a smaller host_budget, or close what holds host memory"
-            ) from error
-        self._stream = _current_stream(device)
-
-    def follow(self, stream: torch.cuda.Stream | None) -> None:
-        """Moves to another stream, behind all that was launched on the one before, whichever executor did.
-
-        Args:
-            stream: of the step that begins; None on the CPU.
-        """
-        if stream is None or stream == self._stream:
-            return
-        if self._stream is not None:
-            stream.wait_stream(self._stream)
-        self.device.record_stream(stream)
-        self._stream = stream
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A parameter as it was bound. It may go while the executor stays."""
-
-    tensor: weakref.ref[Tensor]
-    address: int
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, value: Tensor) -> _Kept:
-        return cls(weakref.ref(value), value.data_ptr(), value.stride())
-
-    def is_still(self, value: Tensor) -> bool:
-        return value is self.tensor() and value.data_ptr() == self.address and value.stride() == self.strides
 
 
 class StepExecutor:
@@ -136,7 +66,7 @@ class StepExecutor:
     any may call `give_up`.
 
     Attributes:
-        parts: of the backward pass, in order.
+        layout: of the step under the plan.
         begun_at: when the last forward pass began, by the clock `time.monotonic`; 0 before the first.
         observer: told of every instance, where there is one.
 
@@ -146,6 +76,7 @@ class StepExecutor:
         plan: for that graph; it is validated here.
         options: of copies and checks.
         arenas: to run in, of at least the plan's sizes; allocated here unless given.
+        layout: of a step and a plan that differ from these in sizes and addresses alone; found here unless given.
 
     Raises:
         splitkern._core.InvalidPlan: the plan is wrong for the graph.
@@ -161,6 +92,7 @@ class StepExecutor:
         options: ExecutorOptions | None = None,
         *,
         arenas: Arenas | None = None,
+        layout: StepLayout | None = None,
     ) -> None:
         if step.loss >= 0:
             raise ValueError("step must be captured with given_gradients=True, got one with its loss inside")
@@ -169,33 +101,14 @@ class StepExecutor:
         self.options = ExecutorOptions() if options is None else options
         self.observer: Observer | None = None
         self.begun_at = 0.0
-        self._storage_of = [0] * len(step.storages)
-        for number, storage in enumerate(plan.storages):
-            for member in storage.members:
-                self._storage_of[member] = number
         predicted = plan.predicted
         self.arenas = arenas or Arenas(predicted.device_peak_bytes, predicted.host_peak_bytes, step.device)
-        self._typed: dict[torch.dtype, Tensor] = {}
-        self._views: dict[tuple[int, int], Tensor] = {}
-        self._sources = self._outside_storages()
-        # By storage outside the arena: the slots of its tensors, and what is bound.
-        self._slots: dict[int, dict[int, Slot]] = {storage: {} for storage in self._sources}
-        self._bound: dict[int, Tensor] = {}
-        self._kept: dict[int, _Kept] = {}
-        # Bound once for good: what CUDA graphs point to.
-        self._static = set[int]()
-        operations = [step.operations[instance.operation] for instance in plan.instances]
+        self.layout = StepLayout(step, plan) if layout is None else layout
+        self._outside = OutsideTensors(step, plan, self.layout, stay=self.options.cuda_graphs)
+        self._views = self._bind_views()
         self._instances = self._bind_instances()
-        self._made_at = self._first_writes(operations)
-        self._made = {storage for made in self._made_at.values() for storage in made}
-        self._begin_of_backward = self._find_backward(operations)
-        self._late = self._read_in_backward(operations)
-        self._outputs = self._bind_outputs(operations)
-        self.parts = self._divide_backward(operations)
-        self._causes = self._find_causes()
         self._given = frozenset[int]()
-        self._gradients = {name: self._view_at(place, len(operations)) for name, place in step.gradients.items()}
-        self._stream = _current_stream(step.device)
+        self._stream = current_stream(step.device)
         self._pipeline = self._make_pipeline()
         self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
         # Reentrant: while it is held the garbage collector may end the very step that is being given up.
@@ -204,6 +117,32 @@ class StepExecutor:
         self._next_part: int | None = None
         self._number = 0
         self._versions: dict[str, tuple[Tensor, int]] = {}
+
+    @property
+    def parts(self) -> list[BackwardPart]:
+        """Of the backward pass, in order."""
+        return self.layout.parts
+
+    def _bind_views(self) -> list[Bound]:
+        tensors, residencies = self.step.tensors, list(self.plan.residencies)
+        return [
+            self._outside.slot(place)
+            if residency == OUTSIDE
+            else self.arenas.view(tensors[place], residencies[residency].offset_bytes)
+            for place, residency in self.layout.views
+        ]
+
+    def _bind_instances(self) -> list[BoundCall]:
+        layout, views, bound = self.layout, self._views, list[BoundCall]()
+        for number, accumulates in enumerate(layout.accumulates):
+            operation = self.step.operations[layout.operations[number]]
+            call = operation.call if operation.out_call is None else operation.out_call
+            if accumulates:
+                call = _accumulating(operation, call)
+            reads = [views[view] for view in layout.reads[number]]
+            writes = [views[view] for view in layout.writes[number]]
+            bound.append(BoundCall(call, reads, writes, self.step.device))
+        return bound
 
     def _make_pipeline(self) -> _core.CopyPipeline | None:
         if not self.plan.copies and not self.options.debug:
@@ -239,172 +178,11 @@ class StepExecutor:
 
     def _follow_stream(self) -> None:
         """Moves to the caller's stream: the arenas, which executors may share, and then the pipeline."""
-        stream = _current_stream(self.step.device)
+        stream = current_stream(self.step.device)
         self.arenas.follow(stream)
         if stream != self._stream:
             self._stream = stream
             self._pipeline = self._make_pipeline()
-
-    # --- what is bound once --------------------------------------------------------------------------------------
-
-    def _outside_storages(self) -> set[int]:
-        """The planned storages that lie outside the arena: the plan's parameters pool and what the caller gives."""
-        step = self.step
-        given = (*step.parameters.values(), *step.inputs.values(), *step.constants)
-        found = {self._storage_of[step.tensors[place].storage] for place in given}
-        parameters = _core.PoolKind.PARAMETERS
-        return found | {residency.storage for residency in self.plan.residencies if residency.pool == parameters}
-
-    def _view(self, offset_bytes: int, place: int) -> Tensor:
-        """A tensor at an address of the device arena: one view, whichever instances use it."""
-        view = self._views.get((place, offset_bytes))
-        if view is None:
-            tensor = self.step.tensors[place]
-            item = tensor.element_bytes
-            typed = self._typed.get(tensor.dtype)
-            if typed is None:
-                arena = self.arenas.device
-                typed = self._typed[tensor.dtype] = arena[: arena.numel() // item * item].view(tensor.dtype)
-            offset = typed.storage_offset() + (offset_bytes + tensor.offset_bytes) // item
-            view = self._views[place, offset_bytes] = typed.as_strided(tensor.sizes, tensor.strides, offset)
-        return view
-
-    def _view_at(self, place: int, boundary: int) -> Bound:
-        """The tensor where the plan has it when the instance behind a boundary runs."""
-        storage = self._storage_of[self.step.tensors[place].storage]
-        if storage in self._sources:
-            return self._slots[storage].setdefault(place, Slot(place))
-        for begin, end, offset_bytes in self._residencies.get(storage, ()):
-            if begin <= boundary < end:
-                return self._view(offset_bytes, place)
-        raise AssertionError(f"a valid plan has storage {storage} on the device at boundary {boundary}")
-
-    def _bind_instances(self) -> list[BoundCall]:
-        # On the device, by storage: begin, end, offset. Attributes of a plan are slow to read.
-        self._residencies: dict[int, list[tuple[int, int, int]]] = {}
-        device = _core.PoolKind.DEVICE
-        for residency in self.plan.residencies:
-            if residency.storage >= 0 and residency.pool == device:
-                found = residency.begin, residency.end, residency.offset_bytes
-                self._residencies.setdefault(residency.storage, []).append(found)
-        bound = []
-        for number, instance in enumerate(self.plan.instances):
-            operation = self.step.operations[instance.operation]
-            call = operation.call if operation.out_call is None else operation.out_call
-            reads = [self._view_at(place, number) for place in operation.reads]
-            writes = [self._view_at(place, number) for place in operation.writes]
-            if instance.accumulate:
-                call = _accumulating(operation, call)
-            bound.append(BoundCall(call, reads, writes, self.step.device))
-        return bound
-
-    def _first_writes(self, operations: Sequence[CapturedOperation]) -> dict[int, list[int]]:
-        """By instance, the gradients outside the arena that it is the first to write: they are made then."""
-        gradients = {
-            self._storage_of[number]
-            for number, storage in enumerate(self.step.storages)
-            if storage.kind == "gradient" and self._storage_of[number] in self._sources
-        }
-        found: dict[int, list[int]] = {}
-        for number, operation in enumerate(operations):
-            for place in operation.writes:
-                storage = self._storage_of[self.step.tensors[place].storage]
-                if storage in gradients:
-                    gradients.remove(storage)
-                    found.setdefault(number, []).append(storage)
-        return found
-
-    def _find_backward(self, operations: Sequence[CapturedOperation]) -> int:
-        """The first instance that needs a gradient that the step is given, or belongs to the backward pass."""
-        step = self.step
-        given = {step.tensors[place].storage for name, place in step.inputs.items() if name.startswith("grad_output.")}
-        return next(
-            (
-                number
-                for number, (instance, operation) in enumerate(zip(self.plan.instances, operations, strict=True))
-                if instance.is_recomputation
-                or operation.is_backward
-                or any(step.tensors[read].storage in given for read in operation.reads)
-            ),
-            len(operations),
-        )
-
-    def _find_causes(self) -> dict[str, set[int]]:
-        """For every gradient, the outputs whose gradients it is computed from."""
-        step = self.step
-        causes: dict[int, set[int]] = {}
-        for name, place in step.inputs.items():
-            if name.startswith("grad_output."):
-                causes[step.tensors[place].storage] = {int(name.removeprefix("grad_output."))}
-        for operation in step.operations:
-            found = set[int]().union(*(causes.get(step.tensors[read].storage, ()) for read in operation.reads))
-            for write in operation.writes if found else ():
-                causes.setdefault(step.tensors[write].storage, set()).update(found)
-        return {name: causes.get(step.tensors[place].storage, set()) for name, place in step.gradients.items()}
-
-    def _read_in_backward(self, operations: Sequence[CapturedOperation]) -> list[tuple[str, int]]:
-        """Parameters and inputs, by name and storage, whose values backward needs as forward left them."""
-        step = self.step
-        late = {
-            step.tensors[read].storage
-            for operation in operations[self._begin_of_backward :]
-            for read in operation.reads
-        }
-        return [
-            (name, self._storage_of[step.tensors[place].storage])
-            for name, place in (*step.parameters.items(), *step.inputs.items())
-            if step.tensors[place].storage in late and not name.startswith("grad_output.")
-        ]
-
-    def _bind_outputs(self, operations: Sequence[CapturedOperation]) -> dict[int, list[tuple[int, Bound]]]:
-        """What the model returns, by the instance of the forward part that writes it last: it may leave after that."""
-        found: dict[int, list[tuple[int, Bound]]] = {}
-        for position, place in enumerate(self.step.outputs):
-            last = self._last_touch(place, operations[: self._begin_of_backward], reads=False)
-            last = self._begin_of_backward - 1 if last is None else last
-            found.setdefault(last, []).append((position, self._view_at(place, last)))
-        return found
-
-    def _last_touch(self, place: int, operations: Sequence[CapturedOperation], *, reads: bool) -> int | None:
-        """The last of these instances that writes, or also reads, the planned storage of a tensor."""
-        storage = self._storage_of[self.step.tensors[place].storage]
-        for number in reversed(range(len(operations))):
-            touched = (*operations[number].writes, *(operations[number].reads if reads else ()))
-            if any(self._storage_of[self.step.tensors[place].storage] == storage for place in touched):
-                return number
-        return None
-
-    def _divide_backward(self, operations: Sequence[CapturedOperation]) -> list[BackwardPart]:
-        """Cuts where enough gradients are final, and where the backward pass enters the split region."""
-        final: dict[int, list[str]] = {}
-        parts: list[BackwardPart] = []
-        begin, names, final_bytes = self._begin_of_backward, list[str](), 0
-        seen = set[int]()
-        for name, place in self.step.gradients.items():
-            parameter = self.step.parameters.get(name)
-            if parameter in seen:
-                continue  # another name of a parameter that has its gradient already
-            if parameter is not None:
-                seen.add(parameter)
-            last = self._last_touch(place, operations, reads=True)
-            if last is None or last < begin:
-                names.append(name)
-            else:
-                final.setdefault(last, []).append(name)
-        in_region = False
-        for number in range(begin, len(operations)):
-            enters = operations[number].patch >= 0 and not in_region
-            in_region = in_region or enters
-            if names and (enters or final_bytes >= _PART_BYTES):
-                parts.append(BackwardPart(begin, number, tuple(names)))
-                begin, names, final_bytes = number, [], 0
-            for name in final.get(number, ()):
-                names.append(name)
-                final_bytes += self.step.storages[self.step.tensors[self.step.gradients[name]].storage].size_bytes
-        if parts and not names:
-            last_part = parts.pop()
-            begin, names = last_part.begin, list(last_part.gradients)
-        return [*parts, BackwardPart(begin, len(operations), tuple(names))]
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -470,28 +248,35 @@ class StepExecutor:
             self.begun_at = time.monotonic()
         try:
             self._follow_stream()
-            for name, place in self.step.parameters.items():
-                self._bind_parameter(place, parameters[name])
-            for number, value in enumerate(inputs):
-                name = f"input.{number}"
-                if name in self.step.inputs:
-                    self._bind(self.step.inputs[name], value.detach())
-            for place, value in self.step.constants.items():
-                self._bind(place, value.detach())
+            self._bind_given(parameters, inputs)
             outputs: dict[int, Tensor] = {}
             begin = 0
-            for last, written in sorted(self._outputs.items()):
+            for last, written in sorted(self.layout.outputs.items()):
                 self._run(begin, last + 1)
                 begin = last + 1
                 for position, view in written:
-                    outputs[position] = tensor_of(view).clone()
-            self._run(begin, self._begin_of_backward)
+                    outputs[position] = tensor_of(self._views[view]).clone()
+            self._run(begin, self.layout.begin_of_backward)
+            for number in self.layout.changed_inputs:
+                self._outside.return_to(self.step.inputs[f"input.{number}"], inputs[number].detach())
         except BaseException:
             self._abort()
             raise
-        self._versions = {name: (self._bound[place], self._bound[place]._version) for name, place in self._late}
+        late = ((name, self._outside.bound(storage)) for name, storage in self.layout.late)
+        self._versions = {name: (value, value._version) for name, value in late}
         self._next_part = 0
         return [outputs[position] for position in range(len(outputs))]
+
+    def _bind_given(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> None:
+        for name, place in self.step.parameters.items():
+            if self._outside.bind_parameter(place, parameters[name]) and self._graphs is not None:
+                self._graphs.clear()
+        for number, value in enumerate(inputs):
+            name = f"input.{number}"
+            if name in self.step.inputs:
+                self._outside.bind(self.step.inputs[name], value.detach())
+        for place, value in self.step.constants.items():
+            self._outside.bind(place, value.detach())
 
     def backward_part(self, part: int, grad_outputs: Sequence[Tensor | None] = ()) -> dict[str, Tensor]:
         """Runs the next part of the backward pass.
@@ -520,14 +305,14 @@ class StepExecutor:
                 raise RuntimeError(
                     f"{name} was changed in place between the forward and the backward pass, which needs it as it was"
                 )
-        planned = self.parts[part]
-        is_last = part == len(self.parts) - 1
+        planned = self.layout.parts[part]
+        is_last = part == len(self.layout.parts) - 1
         try:
             if part == 0:
                 self._given = frozenset(i for i, gradient in enumerate(grad_outputs) if gradient is not None)
             for number, gradient in enumerate(grad_outputs):
                 place = self.step.inputs[f"grad_output.{number}"]
-                self._bind(place, self._zeros(place) if gradient is None else gradient.detach())
+                self._outside.bind(place, self._zeros(place) if gradient is None else gradient.detach())
             self._run(planned.begin, planned.end)
             if self._pipeline is not None and is_last:
                 self._pipeline.at_boundary(planned.end)
@@ -546,30 +331,22 @@ class StepExecutor:
 
     def _hand_out(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Final gradients. The executor lets go of them, so that autograd takes them over instead of copying them."""
-        found: dict[str, Tensor] = {}
-        storages = set[int]()
+        layout, found, storages = self.layout, dict[str, Tensor](), set[int]()
         for name in names:
-            if not self._causes[name] & self._given:
+            if not layout.causes[name] & self._given:
                 continue
-            gradient = self._gradients[name]
-            storage = self._storage_of[self.step.tensors[self.step.gradients[name]].storage]
-            is_own = storage in self._made - self._static and storage not in storages
-            found[name] = tensor_of(gradient) if is_own else tensor_of(gradient).clone()
+            gradient = tensor_of(self._views[layout.gradients[name]])
+            storage = layout.storage_of(self.step.gradients[name])
+            is_own = storage in layout.made and not self._outside.is_static(storage) and storage not in storages
+            found[name] = gradient if is_own else gradient.clone()
             storages.add(storage)
-        storages = {self._storage_of[self.step.tensors[self.step.gradients[name]].storage] for name in names}
-        for storage in storages - self._static:
-            self._unbind(storage)
+        self._outside.unbind({layout.storage_of(self.step.gradients[name]) for name in names})
         return found
 
     def _zeros(self, place: int) -> Tensor:
         tensor = self.step.tensors[place]
         zeros = torch.empty_strided(tensor.sizes, tensor.strides, dtype=tensor.dtype, device=self.step.device)
         return zeros.zero_()
-
-    def _unbind(self, storage: int) -> None:
-        self._bound.pop(storage, None)
-        for slot in self._slots.get(storage, {}).values():
-            slot.bind(None)
 
     def give_up(self, number: int) -> None:
         """Ends a step whose backward pass will not come.
@@ -587,9 +364,7 @@ class StepExecutor:
         self._release()
 
     def _release(self) -> None:
-        """Lets go of what the step was given and has made; parameters stay bound, for the next step."""
-        for storage in self._bound.keys() - self._kept.keys() - self._static:
-            self._unbind(storage)
+        self._outside.release()
         self._versions = {}
         self._next_part = None
 
@@ -613,8 +388,8 @@ class StepExecutor:
         """Passes the boundary before an instance, and makes memory for the gradients that it is the first to write."""
         if self._pipeline is not None:
             self._pipeline.at_boundary(number)
-        for storage in self._made_at.get(number, ()):
-            self._make(storage)
+        for storage in self.layout.made_at.get(number, ()):
+            self._outside.make(storage)
 
     def _run_call(self, number: int) -> None:
         try:
@@ -633,74 +408,6 @@ class StepExecutor:
                 "give compile a smaller budget, which leaves more to the allocator, or free what else is on the device"
             ) from error
 
-    def _make(self, storage: int) -> None:
-        """Memory for a gradient, of its own, because it is handed out."""
-        if storage in self._static:
-            return
-        slots = self._slots[storage]
-        item = self.step.tensors[next(iter(slots))].element_bytes
-        dtype = self.step.tensors[next(iter(slots))].dtype
-        size_bytes = self.plan.storages[storage].size_bytes
-        self._put(storage, torch.empty(-(-size_bytes // item), dtype=dtype, device=self.step.device))
-        if self._graphs is not None:
-            self._static.add(storage)
-
-    def _bind_parameter(self, place: int, value: Tensor) -> None:
-        """Binds a parameter or buffer, once for as long as it is the same tensor in the same memory."""
-        storage = self._storage_of[self.step.tensors[place].storage]
-        kept = self._kept.get(storage)
-        if kept is not None and kept.is_still(value):
-            return
-        # `detach` shares the version counter, by which a change in place is seen.
-        self._bind(place, value.detach(), copies=False)
-        self._kept[storage] = _Kept.of(value)
-        if self._graphs is not None:
-            self._graphs.clear()
-
-    def _bind(self, place: int, value: Tensor, *, copies: bool = True) -> None:
-        """Takes a caller's tensor for a storage; one of another layout is copied."""
-        tensor = self.step.tensors[place]
-        if tuple(value.shape) != tensor.sizes or value.dtype != tensor.dtype or value.device != self.step.device:
-            raise ValueError(
-                f"{tensor.name} must be of shape {list(tensor.sizes)}, type {tensor.dtype}, on {self.step.device}, "
-                f"got {list(value.shape)}, {value.dtype}, on {value.device}"
-            )
-        storage = self._storage_of[tensor.storage]
-        if storage in self._static:
-            self._bound[storage].copy_(value)
-            return
-        is_static = copies and self._graphs is not None
-        if is_static or not _same_strides(value, tensor.strides):
-            if not copies:
-                raise ValueError(f"{tensor.name} must have strides {list(tensor.strides)}, got {list(value.stride())}")
-            value = torch.empty_strided(tensor.sizes, tensor.strides, dtype=value.dtype, device=value.device).copy_(
-                value
-            )
-        self._put(storage, value, tensor.offset_bytes)
-        if is_static:
-            self._static.add(storage)
-
-    def _put(self, storage: int, value: Tensor, begin_bytes: int = 0) -> None:
-        """Binds a tensor, whose memory begins so many bytes behind the storage, to all slots of a storage."""
-        self._bound[storage] = value
-        for place, slot in self._slots[storage].items():
-            tensor = self.step.tensors[place]
-            if value.dtype != tensor.dtype:
-                raise RuntimeError(f"{tensor.name}: storage of type {value.dtype} read as {tensor.dtype}")
-            offset = value.storage_offset() + (tensor.offset_bytes - begin_bytes) // tensor.element_bytes
-            slot.bind(value.as_strided(tensor.sizes, tensor.strides, offset))
-
-
-def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def _arena(size_bytes: int, device: torch.device, *, pinned: bool = False) -> Tensor:
-    """Bytes at an aligned address."""
-    whole = torch.empty(size_bytes + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device, pin_memory=pinned)
-    skipped = -whole.data_ptr() % _ALIGNMENT_BYTES
-    return whole[skipped : skipped + size_bytes]
-
 
 def _extent_bytes(tensor: Tensor) -> int:
     """From its first element to behind its last."""
@@ -717,10 +424,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _same_strides(value: Tensor, strides: Sequence[int]) -> bool:
-    return all(size <= 1 or own == other for size, own, other in zip(value.shape, value.stride(), strides, strict=True))
 
 
 def _accumulating(operation: CapturedOperation, call: Call) -> Call:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
-from splitkern.memory import executor as executors
+from splitkern.memory import arenas
 from splitkern.memory.compile import compile, compiled_forward_of, uncompile_
 from splitkern.memory.executor import StepExecutor
 from tests.memory.compiled_models import (
@@ -162,7 +162,7 @@ def test_a_copy_that_fails(place: float, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_host_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     model = split_small()
     budget = smallest_budget(model)
-    real = executors._arena
+    real = arenas._arena
     with monkeypatch.context() as patch:
 
         def fail(size_bytes: int, device: torch.device, *, pinned: bool | None = None) -> Tensor:
@@ -170,7 +170,7 @@ def test_host_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None
                 return real(size_bytes, device)
             raise RuntimeError("CUDA error: out of memory\nmore")
 
-        patch.setattr(executors, "_arena", fail)
+        patch.setattr(arenas, "_arena", fail)
         with pytest.raises(RuntimeError, match=r"host memory for what is offloaded .*out of memory; .*host_budget"):
             compile(model, IMAGES, budget=budget, costs="paper", link_gbps=1)
     assert compiled_forward_of(model) is None and not hasattr(model, "plan")

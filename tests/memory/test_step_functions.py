@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from splitkern.memory import executor as executors
+from splitkern.memory import step_layout
 from splitkern.memory.compile import compile, compiled_forward_of, uncompile_
 from splitkern.memory.executor import StepExecutor
 from tests.memory.compiled_models import (
@@ -57,7 +57,7 @@ class Log:
 def test_gradients_of_the_tail_arrive_before_the_region_runs(
     share: float, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(step_layout, "_PART_BYTES", part_bytes)
     model = split_small()
     expected = train(copy.deepcopy(model))
     compile(model, IMAGES, budget=budget_of(model, share), costs="paper", link_gbps=1, execution=SHAKEN)

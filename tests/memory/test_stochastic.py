@@ -9,6 +9,7 @@ import functools
 import gc
 import os
 import pickle
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
+from splitkern.memory import arenas, planned_step
 from splitkern.memory import draws as drawn
 from splitkern.memory import executor as executors
-from splitkern.memory import planned_step
+from splitkern.memory.arenas import Arenas
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.compile import BudgetError, CompiledForward, compile, compiled_forward_of, uncompile_
 from splitkern.memory.draws import Drawing, DrawnSteps, capture_family
-from splitkern.memory.executor import Arenas, ExecutorOptions
+from splitkern.memory.executor import ExecutorOptions
 from splitkern.memory.family import Draw, DrawError, Family, fit, numbers_of
+from splitkern.memory.step_layout import StepLayout
 from splitkern.split.surgery import SplitForward, split_forward_of
 
 SHAKEN = ExecutorOptions(chunk_bytes=1 << 12, debug=True, max_delay_us=30)
@@ -340,6 +343,8 @@ def test_no_draw_is_placed_beyond_the_budget(network: nn.Module) -> None:
             one.operation for one in network.plan.plan.instances
         ]
         assert executor.plan.boundaries == network.plan.plan.boundaries
+        own, shared = vars(StepLayout(executor.step, executor.plan)), vars(steps.even.layout)
+        assert all(shared[name] == value for name, value in own.items() if name not in ("_step", "_ran"))
     assert fitting == len(drawing.samples(30, seed=4))
 
 
@@ -433,7 +438,8 @@ def test_a_draw_runs_behind_the_one_before_on_whatever_stream(
     """An executor may be new on its stream, or have run there before others did on another."""
     first, second = Stream(), Stream()
     now = [first]
-    monkeypatch.setattr(executors, "_current_stream", lambda device: now[0])
+    for module in (executors, arenas):
+        monkeypatch.setattr(module, "current_stream", lambda device: now[0])
     steps = steps_of(compiled(network))
     steps.arenas.device = arena = OnStreams(steps.arenas.device)  # type: ignore[assignment]
     parameters = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -504,6 +510,8 @@ def test_a_forked_process_makes_its_own_thread(network: nn.Module) -> None:
     child = os.fork()
     if child == 0:
         try:  # forward passes alone: PyTorch refuses backward passes in a fork
+            signal.alarm(300)
+            torch.set_num_threads(1)  # OpenMP's threads are the parent's
             outputs = [network(IMAGES) for _ in range(3)]
             assert all(map(torch.isfinite, (out.sum() for out in outputs)))
             assert steps._pool is not parent and steps._pending is not None
