@@ -135,13 +135,14 @@ class StepExecutor:
     def _bind_instances(self) -> list[BoundCall]:
         layout, views, bound = self.layout, self._views, list[BoundCall]()
         for number, accumulates in enumerate(layout.accumulates):
-            operation = self.step.operations[layout.operations[number]]
+            position = layout.operations[number]
+            operation, stand_ins = self.step.operations[position], layout.stand_ins[position]
             call = operation.call if operation.out_call is None else operation.out_call
             if accumulates:
                 call = _accumulating(operation, call)
             reads = [views[view] for view in layout.reads[number]]
             writes = [views[view] for view in layout.writes[number]]
-            bound.append(BoundCall(call, reads, writes, self.step.device))
+            bound.append(BoundCall(call, stand_ins, reads, writes, self.step.device))
         return bound
 
     def _make_pipeline(self) -> _core.CopyPipeline | None:
@@ -214,13 +215,9 @@ class StepExecutor:
 
     def arena_end(self, number: int) -> int:
         """Behind the last byte of the device arena that an instance touches; 0 where it touches none."""
-        instance = self._instances[number]
         begin = self.arenas.device.data_ptr()
-        ends = [
-            tensor.data_ptr() - begin + _extent_bytes(tensor)
-            for tensor in (*instance.reads, *instance.writes)
-            if isinstance(tensor, Tensor)
-        ]
+        touched = (self._views[view] for view in (*self.layout.reads[number], *self.layout.writes[number]))
+        ends = [one.data_ptr() - begin + _extent_bytes(one) for one in touched if isinstance(one, Tensor)]
         return max(ends, default=0)
 
     def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

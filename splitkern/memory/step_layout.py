@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from splitkern import _core
+from splitkern.memory.bound_calls import StandIns
 from splitkern.memory.capture import CapturedStep
 
 #: A part of the backward pass ends once this many bytes of gradients are final: a bucket of DistributedDataParallel.
@@ -38,6 +39,7 @@ class StepLayout:
     Attributes:
         operations: position in the step's operations, by instance.
         accumulates: by instance, whether it adds to its destination.
+        stand_ins: by position of an operation of the step, where tensors are put into its arguments.
         outside: storages outside the arena: the plan's parameters pool and what the caller gives.
         views: the different tensors that instances touch: place, and position in ``plan.residencies`` or `OUTSIDE`.
         reads, writes: by instance, positions in `views`.
@@ -64,6 +66,7 @@ class StepLayout:
         self.operations = [instance.operation for instance in instances]
         self.accumulates = [instance.accumulate for instance in instances]
         self._ran = [step.operations[operation] for operation in self.operations]
+        self.stand_ins = [StandIns.of(one.call if one.out_call is None else one.out_call) for one in step.operations]
         self._storage_of = [0] * len(step.storages)
         for number, storage in enumerate(plan.storages):
             for member in storage.members:

@@ -7,6 +7,7 @@ import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,7 +378,8 @@ def test_an_error_in_the_middle_leaves_the_model_usable(monkeypatch: pytest.Monk
         def interrupt() -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(executor._instances[5], "run", interrupt, raising=False)
+        calls = [*executor._instances[:5], SimpleNamespace(run=interrupt), *executor._instances[6:]]
+        patch.setattr(executor, "_instances", calls)
         with pytest.raises(KeyboardInterrupt):
             model(IMAGES)
     fresh = small()

@@ -152,6 +152,20 @@ def test_gradients_of_a_replayed_step_are_the_callers(recorded: Recorded) -> Non
         assert torch.equal(p.grad, q.grad)
 
 
+def test_an_input_that_the_model_changes_is_the_callers(recorded: Recorded) -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3))
+    expected = copy.deepcopy(model)
+    compile(model, IMAGES, budget=None, costs="paper", execution=GRAPHED)
+    for _ in range(3):
+        given = torch.randn_like(IMAGES)
+        changed = [given.clone(), given.clone()]
+        for one, images in zip((model, expected), changed, strict=True):
+            one(images).square().sum().backward()
+        assert torch.equal(*changed) and not torch.equal(changed[0], given)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def test_what_graphs_copy_is_counted(recorded: Recorded) -> None:
     plain = compile(small(), IMAGES, budget=None, costs="paper").plan
     graphed = compile(small(), IMAGES, budget=None, costs="paper", execution=GRAPHED).plan
