@@ -104,8 +104,17 @@ CopyPipeline::CopyPipeline(StreamBackend& backend, Plan plan, const Arenas& aren
 }
 
 CopyPipeline::~CopyPipeline() {
-  abort();
+  if (!is_settled()) abort();
   stop_feeders();
+}
+
+// Between steps, every copy known to be done.
+bool CopyPipeline::is_settled() const {
+  const std::lock_guard lock(mutex_);
+  return next_ == 0 && !inside_ && cancels_ == 0 && !failure_ &&
+         std::ranges::all_of(feeders_, [](const Feeder& feeder) {
+           return feeder.queue.empty() && !feeder.busy && feeder.unsettled.empty();
+         });
 }
 
 void CopyPipeline::stop_feeders() noexcept {

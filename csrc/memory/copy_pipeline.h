@@ -90,7 +90,8 @@ class CopyPipeline {
   // Throws InvalidArgument where options are out of range, the plan is malformed, or a residency lies outside its
   // arena.
   CopyPipeline(StreamBackend& backend, Plan plan, const Arenas& arenas, const CopyPipelineOptions& options = {});
-  // Aborts a step that was begun and joins the threads.
+  // Aborts a step that was begun and joins the threads. After synchronize() behind the last boundary it waits for no
+  // stream.
   ~CopyPipeline();
   CopyPipeline(const CopyPipeline&) = delete;
   CopyPipeline& operator=(const CopyPipeline&) = delete;
@@ -150,6 +151,7 @@ class CopyPipeline {
   bool settle(int32_t copy, bool wait);
   void wait_until_fed(int32_t copy);
   void finish_unsettled();
+  bool is_settled() const;
   void recover() noexcept;
   void stop_feeders() noexcept;
 

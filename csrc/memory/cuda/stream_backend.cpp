@@ -51,7 +51,16 @@ Streams::Streams(int device, int64_t compute_stream, CopySlots copy_slots)
 
 // An error of these calls says only that the process or the context is at its end.
 Streams::~Streams() {
-  drain();
+  bool is_called = false;
+  {
+    const std::lock_guard lock(mutex_);
+    is_called = !launched_.empty();
+  }
+  if (is_called) {
+    drain();
+  } else {
+    drain({StreamId::kOffload, StreamId::kPrefetch});
+  }
   int before = device_;
   cudaGetDevice(&before);
   cudaSetDevice(device_);
@@ -293,9 +302,13 @@ void Streams::require_ok(StreamId stream) {
 }
 
 void Streams::drain() noexcept {
+  drain({StreamId::kCompute, StreamId::kOffload, StreamId::kPrefetch});
+}
+
+void Streams::drain(std::initializer_list<StreamId> streams) noexcept {
   try {
     const DeviceGuard guard(device_);
-    for (const StreamId stream : {StreamId::kCompute, StreamId::kOffload, StreamId::kPrefetch}) {
+    for (const StreamId stream : streams) {
       const cudaError_t code = cudaStreamSynchronize(stream_handle(stream_of(stream)));
       if (code != cudaSuccess) note_failure(stream, std::string("cudaStreamSynchronize: ") + cudaGetErrorString(code));
     }

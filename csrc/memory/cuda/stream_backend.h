@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -29,7 +30,7 @@ class Streams final : public StreamBackend {
   // InvalidArgument where there is no such device, CudaError where a stream cannot be made.
   // copy_slots: null where no plan has compressed copies.
   Streams(int device, int64_t compute_stream, CopySlots copy_slots = nullptr);
-  // Waits for the streams.
+  // Waits for its own streams, and for the compute stream where that is to call a function.
   ~Streams() override;
 
   // Of the next step. Between steps only, and the caller orders the new stream after the old one.
@@ -57,6 +58,7 @@ class Streams final : public StreamBackend {
 
  private:
   struct Launched;  // a function that a stream will call
+  void drain(std::initializer_list<StreamId> streams) noexcept;
 
   static void run(void* launched) noexcept;
   void move_slots(StreamId stream, bool to_host, void* device, void* host, const CompressedSlots& slots);

@@ -86,11 +86,15 @@ class CountingStreams final : public StreamBackend {
     streams_.synchronize(event);
   }
   void require_ok(StreamId stream) override { streams_.require_ok(stream); }
-  void drain() noexcept override { streams_.drain(); }
+  void drain() noexcept override {
+    ++drains;
+    streams_.drain();
+  }
   void reset() noexcept override { streams_.reset(); }
 
   std::atomic<int32_t> most_waiting = 0;
   std::atomic<int64_t> copies = 0;
+  int64_t drains = 0;
   int64_t events_until_failure = 0;
   std::function<void()> on_compute_record;
   std::function<void()> on_compute_wait;
@@ -628,6 +632,20 @@ CHECK_NAMED(pipeline_abort_anywhere, "pipeline: aborted at every boundary, from 
   std::ranges::fill(trip.device, static_cast<unsigned char>(0));
   std::ranges::fill(trip.host, static_cast<unsigned char>(0));
   check::equal(streams.live_events(), 0, "events that the pipeline left behind");
+}
+
+CHECK_NAMED(pipeline_ends, "pipeline: its end waits for the streams in the middle of a step, and not between steps") {
+  for (const int32_t boundaries : {0, 3, 5}) {
+    RoundTrip trip(100);
+    ThreadedStreams threads;
+    CountingStreams streams(threads);
+    {
+      CopyPipeline pipeline(streams, trip.plan, trip.arenas());
+      for (int32_t boundary = 0; boundary < boundaries; ++boundary) pipeline.at_boundary(boundary);
+      if (boundaries == 5) pipeline.synchronize();
+    }
+    check::equal(streams.drains, boundaries == 3 ? 1 : 0, "drains after " + std::to_string(boundaries) + " boundaries");
+  }
 }
 
 CHECK_NAMED(pipeline_construction_fails, "pipeline: a backend that runs out of events leaves nothing behind") {
