@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,3 +160,10 @@ def forced_path(name: str, library: Path | None = None) -> Iterator[None]:
         yield
     finally:
         force(None)
+
+
+@functools.cache
+def digest() -> str:
+    """Of the loaded library's bytes: what was measured with one build does not hold for another."""
+    with open(build_info().library, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

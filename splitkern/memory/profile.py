@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from splitkern import _library
 from splitkern.memory.allocated_bytes import AllocatedBytes
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def key_of(step: CapturedStep, operation: CapturedOperation, device: torch.devic
         "writes": tensors(operation.writes),
         "device": device_text(device),
         "torch": str(torch.__version__),
+        "library": _library.digest(),
         "precision": _precision(device),
     }
 

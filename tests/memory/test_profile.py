@@ -5,6 +5,7 @@ time: a timer counts instead.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch import nn
 
+import splitkern as sk
+from splitkern import _library
 from splitkern.benchmarks.gpu_timing import Sample
 from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.profile import (
@@ -92,6 +95,14 @@ def test_key_tells_strides_arguments_types_and_machine_apart(step: CapturedStep)
         tensors[convolutions[0].reads[0]] = dataclasses.replace(box, **change)
         assert key_of(dataclasses.replace(step, tensors=tuple(tensors)), convolutions[0], CPU) != first
     assert str(torch.__version__) == first["torch"] and "thread" in first["device"]
+
+
+def test_another_build_of_the_kernels_is_measured_anew(step: CapturedStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = step.operations[0]
+    first = key_of(step, operation, CPU)
+    assert first["library"] == hashlib.sha256(Path(sk.build_info().library).read_bytes()).hexdigest()
+    monkeypatch.setattr(_library, "digest", lambda: "another")
+    assert key_of(step, operation, CPU) == first | {"library": "another"}
 
 
 def test_second_run_measures_nothing(step: CapturedStep, tmp_path: Path) -> None:

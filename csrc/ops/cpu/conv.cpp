@@ -402,9 +402,10 @@ Tensor sampled_input(const Tensor& input, const Pair& stride, const Samples& row
 }
 
 // Adds the patches in row-major order in at least float32; `base`, where given, is added before rounding. The result is
-// contiguous, or channels_last as ATen made it.
+// contiguous, or channels_last as ATen made it. `unused`, where given, is memory of the weight's size that is neither
+// read nor written.
 Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_input, const ConvCall& call,
-                       const OptionalTensor& base) {
+                       const OptionalTensor& base, const OptionalTensor& unused) {
   const Tensor grad_output = say_contiguous(given_grad_output);
   const Tensor input = say_contiguous(given_input);
   const ScalarType given_type = grad_output.scalar_type();
@@ -420,7 +421,9 @@ Tensor run_weight_grad(const Tensor& given_grad_output, const Tensor& given_inpu
   }
   if (grad_output.numel() != 0 && input.numel() != 0 && call.weight_size[1] != 0) {
     // Of the format that ATen chooses for the images: otherwise it converts what it does not read.
-    const Tensor unread = new_output(input, call.weight_size, type);
+    const bool is_like_images =
+        unused.has_value() && unused->scalar_type() == type && has_format(*unused, is_channels_last(input));
+    const Tensor unread = is_like_images ? *unused : new_output(input, call.weight_size, type);
     const auto add = [&](const Tensor& gradient, const Tensor& read, const Pair& padding, const ConvCall& of) {
       Tensor term = aten_convolution_backward(gradient, read, unread, padding, of, Gradient::kWeight);
       if (!has_format(term, false) && !has_format(term, true)) term = torch::stable::contiguous(term);
@@ -504,7 +507,7 @@ Tensor patch_conv2d_weight_grad(const Tensor& grad_output, const Tensor& input, 
   const ConvCall call = check_conv2d_weight_grad(grad_output, input, weight_size, stride, padding, dilation, groups,
                                                  {in_rows, in_cols, out_rows, out_cols});
   return torch::stable::contiguous(
-      cast(run_weight_grad(grad_output, input, call, std::nullopt), grad_output.scalar_type()));
+      cast(run_weight_grad(grad_output, input, call, std::nullopt, std::nullopt), grad_output.scalar_type()));
 }
 
 void patch_conv2d_weight_grad_out(const Tensor& grad_output, const Tensor& input, const IntList& weight_size,
@@ -516,7 +519,7 @@ void patch_conv2d_weight_grad_out(const Tensor& grad_output, const Tensor& input
                                                  {in_rows, in_cols, out_rows, out_cols});
   check_output(kConv2dWeightGrad, "output", output, grad_output, call.weight_size, grad_output.scalar_type());
   const OptionalTensor base = accumulate ? OptionalTensor(output) : std::nullopt;
-  copy_to(output, run_weight_grad(grad_output, input, call, base));
+  copy_to(output, run_weight_grad(grad_output, input, call, base, output));
 }
 
 }  // namespace splitkern::cpu
