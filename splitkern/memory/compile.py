@@ -7,8 +7,11 @@ gradients enabled, a forward pass runs the first part of the planned step, and a
 from __future__ import annotations
 
 import math
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -41,22 +44,27 @@ class CompiledForward:
         self.options = options
         # What the instance had before, such as the forward of a split; None: the class's own.
         self.inner: Callable[..., Any] | None = model.__dict__.get("forward")
+        self._reset()
+
+    def _reset(self) -> None:
         self.replans = 0
-        self._redraws = 0  # under earlier plans
-        self._steps: dict[Any, PlannedStep] = {}
+        self._redraws = 0  # of executors that are gone
+        #: The steps planned last. The one that ran last has executors, and so arenas.
+        self._steps: OrderedDict[Any, PlannedStep] = OrderedDict()
+        self._ready: PlannedStep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "options": self.options, "inner": self.inner}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.replans, self._redraws, self._steps = 0, 0, {}
+        self._reset()
 
     @property
     def redraws(self) -> int:
         """How often stochastic boundaries were drawn again because those drawn did not fit the budget."""
-        drawn = (step.draws for step in self._steps.values())
-        return self._redraws + sum(one.redraws for one in drawn if one is not None)
+        draws = None if self._ready is None else self._ready.draws
+        return self._redraws + (0 if draws is None else draws.redraws)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computed before it was compiled."""
@@ -77,27 +85,44 @@ class CompiledForward:
         Raises:
             ValueError: there is none, and `strict` forbids another one.
         """
-        planned = self._steps.get(self._key(args))
+        key = self._key(args)
+        planned = self._steps.get(key)
         if planned is None:
             if self.options.strict and self._steps:
                 raise ValueError(
                     f"strict=True: the model was compiled for {_shapes(next(iter(self._steps)))}, "
-                    f"got {_shapes(self._key(args))} (or other types, devices, strides, training flags, "
-                    "requires_grad or autocast)"
+                    f"got {_shapes(key)} (or other types, devices, strides, training flags, requires_grad or autocast)"
                 )
             planned = self.prepare(args)
             self.replans += 1
+        elif planned is not self._ready:
+            self._release()
+            planned.make_ready()
+            self._steps.move_to_end(key)
+            self._show(planned)
         return planned
 
     def prepare(self, args: tuple[Any, ...]) -> PlannedStep:
         """Captures and plans the step for these inputs, and makes ready to run it."""
-        # Of all plans one is kept, and it goes before the next one comes: arenas are as large as the budget.
-        self._redraws, self._steps = self.redraws, {}
+        self._release()
         with _as_before(self):
             planned = PlannedStep(self.model, args, self.options)
-        self._steps = {self._key(args): planned}
-        self.model.__dict__["plan"] = planned.plan
+        self._steps[self._key(args)] = planned
+        if len(self._steps) > _KEPT_PLANS:
+            self._steps.popitem(last=False)
+        self._show(planned)
         return planned
+
+    def _release(self) -> None:
+        """Lets go of the arenas, before others come: they are as large as the budget."""
+        self._redraws = self.redraws
+        if self._ready is not None:
+            self._ready.release()
+        self._ready = None
+
+    def _show(self, planned: PlannedStep) -> None:
+        self._ready = planned
+        self.model.__dict__["plan"] = planned.plan
 
     def _key(self, args: tuple[Any, ...]) -> Any:
         leaves, structure = tree_flatten(args)
@@ -137,6 +162,8 @@ def _as_before(forward: CompiledForward) -> Iterator[None]:
         held["forward"] = forward
 
 
+#: Plans that are kept beside the one in use, without arenas: the last batch of an epoch may be smaller.
+_KEPT_PLANS = 8
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
 #: What every module has of its own accord (parameters, hooks), and what `compile` adds.
@@ -147,7 +174,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     """What a captured step takes for constant about a module: its class, attributes, and whether it has hooks."""
     held = module.__dict__
     attributes = tuple((name, _constant(value)) for name, value in held.items() if name not in _OWN)
-    return id(module), type(module), attributes, tuple(len(held[name]) for name in _HOOKS)
+    return _Same(module), type(module), attributes, tuple(len(held[name]) for name in _HOOKS)
 
 
 def _constant(value: Any) -> Any:
@@ -158,7 +185,31 @@ def _constant(value: Any) -> Any:
         return type(value), tuple(map(_constant, value))
     if type(value) is dict:
         return tuple((_constant(key), _constant(one)) for key, one in value.items())
-    return type(value), id(value)
+    return type(value), _Same(value)
+
+
+class _Same:
+    """Equal for one and the same object alone, and for none once it is gone, if it lets itself be watched."""
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: Any) -> None:
+        self._hash = id(value)
+        try:
+            self._value: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self._value = partial(_itself, value)
+
+    def __eq__(self, other: object) -> bool:
+        value = self._value()
+        return isinstance(other, _Same) and value is not None and value is other._value()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _shapes(key: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ class PlannedStep:
         step: as captured, with durations.
         workspace_bytes: what each of its operations allocates beside the arena, as measured.
         plan: what the model shows.
-        executors: one per step in flight.
+        executors: one per step in flight; none between `release` and `make_ready`.
+        draws: where patch boundaries are drawn afresh in every step.
 
     Args:
         model: to capture, with the forward that is to be captured.
@@ -171,8 +173,8 @@ class PlannedStep:
         step, family, drawing = _capture(model, args, options)
         step, workspaces, rates = _on_machine(step, options)
         graph = _core.Graph.from_json(step.graph_json())
-        #: Where patch boundaries are drawn afresh in every step.
         self.draws: DrawnSteps | None = None
+        self._make_draws: Callable[[], DrawnSteps] | None = None
         if family is not None and drawing is not None:
             family = family.with_base(step)
             workspaces = _of_largest(workspaces, step, family.step(family.largest(drawing.ranges)))
@@ -180,8 +182,7 @@ class PlannedStep:
             samples = [_core.with_sizes(graph, family.graph_numbers(one)) for one in numbers]
             plan, accounting = _plan(step, graph, workspaces, rates, options, samples)
             most = None if options.budget is None else accounting.arena_under(options.budget)
-            self.draws = DrawnSteps(drawing, family, graph, plan, options.execution, most)
-            self.executors = [self.draws.even]
+            self._make_draws = partial(DrawnSteps, drawing, family, graph, plan, options.execution, most)
         else:
             plan, accounting = _plan(step, graph, workspaces, rates, options)
             if options.compress:
@@ -190,14 +191,36 @@ class PlannedStep:
                 measured = measure_compression(StepExecutor(step, graph, plan, execution), *_tensors_of(model, args))
                 graph = with_compression(graph, measured)
                 plan, accounting = _plan(step, graph, workspaces, rates, options)
-            self.executors = [StepExecutor(step, graph, plan, options.execution) for _ in range(options.in_flight)]
-        self.plan = CompiledPlan(graph, plan, accounting, self.executors[0].arenas.device.numel())
         assert step.structure is not None
         self.step = step
         self.workspace_bytes = workspaces
+        self._options, self._graph, self._plan = options, graph, plan
         self._structure = step.structure
         self._differentiable = step.differentiable
-        self._drawn = self.executors[0]
+        self.executors: list[StepExecutor] = []
+        self._drawn: StepExecutor | None = None
+        self.make_ready()
+        self.plan = CompiledPlan(graph, plan, accounting, self.executors[0].arenas.device.numel())
+
+    def make_ready(self) -> None:
+        """Makes the executors, and with them the arenas, where there are none.
+
+        Raises:
+            RuntimeError: memory for the arenas cannot be had.
+        """
+        if self.executors:
+            return
+        if self._make_draws is None:
+            made = (self.step, self._graph, self._plan, self._options.execution)
+            self.executors = [StepExecutor(*made) for _ in range(self._options.in_flight)]
+        else:
+            self.draws = self._make_draws()
+            self.executors = [self.draws.even]
+            self._drawn = self.draws.even
+
+    def release(self) -> None:
+        """Lets go of the executors and their arenas; a step under way keeps its own."""
+        self.executors, self.draws, self._drawn = [], None, None
 
     @property
     def compression(self) -> CompressionReport:
@@ -217,7 +240,8 @@ class PlannedStep:
             return min(self.executors, key=lambda one: (one.next_part is not None, one.begun_at))
         executor = self.draws.take()
         # All draws run in the same arenas.
-        self._drawn.give_up(self._drawn.number)
+        if self._drawn is not None:
+            self._drawn.give_up(self._drawn.number)
         self._drawn = executor
         return executor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
-from splitkern.memory.compile import BudgetError, compile, compiled_forward_of, uncompile_
+from splitkern.memory.compile import BudgetError, _Same, compile, compiled_forward_of, uncompile_
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from tests.memory import models
 from tests.memory.compiled_models import (
@@ -256,6 +257,43 @@ def test_other_shapes_are_planned_anew_or_refused() -> None:
     with pytest.raises(ValueError, match=r"\[4, 3, 24, 24\].*\[2, 3, 24, 24\]"):
         strict(IMAGES[:2])
     strict(IMAGES).sum().backward()
+
+
+def test_plans_are_kept_and_arenas_are_not() -> None:
+    """The last batch of an epoch is smaller, and the next one is a whole one again."""
+    model, expected = compile(small(), IMAGES, budget=None, costs="paper"), small()
+    forward = compiled_forward_of(model)
+    assert forward is not None
+    seen: list[weakref.ref[Tensor]] = []
+    plans = []
+    for images in (IMAGES, IMAGES[:2], IMAGES, IMAGES[:2], IMAGES):
+        require_equal(train(model, images, steps=1), train(expected, images, steps=1))
+        (executor,) = forward.planned((images,)).executors
+        seen.append(weakref.ref(executor.arenas.device))
+        plans.append(model.plan)
+        del executor
+        assert [one() is None for one in seen] == [True] * (len(seen) - 1) + [False]
+    assert forward.replans == 1
+    assert plans[0] is plans[2] is plans[4] and plans[1] is plans[3] is not plans[0]
+
+
+def test_what_takes_the_place_of_an_object_is_another_one() -> None:
+    class Thing:
+        pass
+
+    class Unwatched:
+        __slots__ = ()
+
+    for kind in (Thing, Unwatched):
+        first = kind()
+        one, again, other = _Same(first), _Same(first), _Same(kind())
+        assert one == again and hash(one) == hash(again) and one != other and one != first
+        number = id(first)
+        del first
+        later = [kind() for _ in range(100)]
+        assert all(_Same(thing) != one for thing in later)
+        if kind is Unwatched:
+            assert number not in map(id, later)  # it is held
 
 
 def test_one_step_at_a_time() -> None:
