@@ -282,6 +282,8 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("compile plans training and must be called outside of torch.inference_mode(), got it inside")
     if compiled_forward_of(model) is not None:
         raise ValueError(f"this {type(model).__name__} is already compiled; call uncompile_ first")
     for path, module in model.named_modules():
