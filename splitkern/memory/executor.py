@@ -213,12 +213,11 @@ class StepExecutor:
         """What the copies have done since the executor was made; None where the plan has none."""
         return None if self._pipeline is None else self._pipeline.statistics
 
-    def arena_end(self, number: int) -> int:
-        """Behind the last byte of the device arena that an instance touches; 0 where it touches none."""
-        begin = self.arenas.device.data_ptr()
-        touched = (self._views[view] for view in (*self.layout.reads[number], *self.layout.writes[number]))
-        ends = [one.data_ptr() - begin + _extent_bytes(one) for one in touched if isinstance(one, Tensor)]
-        return max(ends, default=0)
+    def touch(self, number: int) -> None:
+        """Notes what an instance uses of the device arena."""
+        for view in (*self.layout.reads[number], *self.layout.writes[number]):
+            if self.layout.views[view][1] != OUTSIDE:
+                self.arenas.touch(tensor_of(self._views[view]))
 
     def forward(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Runs the forward part. An earlier forward pass whose backward pass has not run is given up.
@@ -404,14 +403,6 @@ class StepExecutor:
                 f"{bytes_text(self.plan.predicted.device_peak_bytes)}: {_first_line(error)}; "
                 "give compile a smaller budget, which leaves more to the allocator, or free what else is on the device"
             ) from error
-
-
-def _extent_bytes(tensor: Tensor) -> int:
-    """From its first element to behind its last."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

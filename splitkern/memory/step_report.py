@@ -168,11 +168,10 @@ class _Allocations:
 
     def __init__(self, executor: StepExecutor, allocated: AllocatedBytes) -> None:
         self._executor, self._allocated = executor, allocated
-        self.touched_bytes = 0
 
     @contextmanager
     def instance(self, number: int) -> Iterator[None]:
-        self.touched_bytes = max(self.touched_bytes, self._executor.arena_end(number))
+        self._executor.touch(number)
         with self._allocated.label(str(number)):
             yield
 
@@ -235,6 +234,7 @@ def _measure(
     device = executor.step.device
     _step(model, args)
     _clear(model)
+    executor.arenas.reset_touched()
     with AllocatedBytes(device) as allocated:
         allocations = _Allocations(executor, allocated)
         for one in planned.executors:
@@ -276,7 +276,7 @@ def _measure(
         step_ms=Pair(plan.predicted_step_ms, statistics.median(steps_ms)),
         host_ms=statistics.median(host_ms),
         waits_ms=Pair(predicted.stall_us / 1e3, statistics.median(waits_ms)),
-        arena_bytes=Pair(plan.arena_bytes, allocations.touched_bytes),
+        arena_bytes=Pair(plan.arena_bytes, executor.arenas.touched_bytes),
         reserve_bytes=Pair(plan.reserve_bytes, max(beside.values(), default=0) + returned),
         total_bytes=Pair(plan.peak_bytes - accounting.beside_bytes, there + allocated.peak_bytes),
         offloaded_bytes=Pair(

@@ -463,7 +463,7 @@ def test_models_that_cannot_be_compiled() -> None:
     inner = nn.Sequential(compile(small(), IMAGES, budget=None, costs="paper"))
     with pytest.raises(ValueError, match=r"module '0' .* is already compiled"):
         compile(inner, IMAGES, budget=None)
-    with torch.inference_mode(), pytest.raises(ValueError, match="outside of torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside of torch\.inference_mode"):
         compile(small(), IMAGES, budget=None)
     with pytest.raises(ValueError, match="evaluation mode"):
         compile(small().eval(), IMAGES, budget=None)

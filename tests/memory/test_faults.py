@@ -162,15 +162,15 @@ def test_a_copy_that_fails(place: float, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_host_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     model = split_small()
     budget = smallest_budget(model)
-    real = arenas._arena
+    real = arenas._reserve
     with monkeypatch.context() as patch:
 
-        def fail(size_bytes: int, device: torch.device, *, pinned: bool | None = None) -> Tensor:
+        def fail(size_bytes: int, device: torch.device, *, pinned: bool | None = None) -> Any:
             if pinned is None:
                 return real(size_bytes, device)
             raise RuntimeError("CUDA error: out of memory\nmore")
 
-        patch.setattr(arenas, "_arena", fail)
+        patch.setattr(arenas, "_reserve", fail)
         with pytest.raises(RuntimeError, match=r"host memory for what is offloaded .*out of memory; .*host_budget"):
             compile(model, IMAGES, budget=budget, costs="paper", link_gbps=1)
     assert compiled_forward_of(model) is None and not hasattr(model, "plan")
