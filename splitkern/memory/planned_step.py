@@ -27,6 +27,10 @@ from splitkern.memory.step_functions import run_step
 
 __all__ = ["BudgetError", "CompileOptions", "CompiledPlan", "PlannedStep"]
 
+#: What is tried where a strategy finds no plan: operations that are run again may allocate more beside the arena, when
+#: gradients are there already, than recomputation saves in it.
+_INSTEAD_OF = {"default": ("hmms-paper", "layerwise")}
+
 
 class BudgetError(ValueError):
     """No plan fits the budget.
@@ -341,7 +345,7 @@ def _plan(
         return kept, account(kept)
     parameters_bytes = kept.predicted.parameters_peak_bytes
 
-    def plan_under(budget: int) -> tuple[_core.Plan, Accounting]:
+    def plan_under(budget: int, strategy: str) -> tuple[_core.Plan, Accounting]:
         accounting = account(kept)
         while True:
             limits = _core.Limits(
@@ -352,7 +356,7 @@ def _plan(
                 copy_latency_us=rates.get("copy_latency_us", 0.0),
             )
             try:
-                plan = decide(graph, samples, limits, options.strategy)
+                plan = decide(graph, samples, limits, strategy)
             except _core.Infeasible as error:
                 raise _budget_error(error, budget, parameters_bytes, accounting, options) from error
             found = account(plan)
@@ -363,17 +367,22 @@ def _plan(
             # What is recomputed allocates when more gradients are there than in the step as captured.
             accounting = replace(found, outside_bytes=max(found.outside_bytes, accounting.outside_bytes + 1))
 
-    try:
-        return plan_under(options.budget)
-    except BudgetError as error:
-        found = error
-    while found.is_of_device:
-        # The budget that the error names is tried: its plan may need more beside the arena than was counted.
+    refusals: list[BudgetError] = []
+    for strategy in (options.strategy, *_INSTEAD_OF.get(options.strategy, ())):
         try:
-            plan_under(found.smallest_bytes)
-            break
+            return plan_under(options.budget, strategy)
         except BudgetError as error:
             found = error
+        while found.is_of_device:
+            # The budget that the error names is tried: its plan may need more beside the arena than was counted.
+            try:
+                plan_under(found.smallest_bytes, strategy)
+                break
+            except BudgetError as error:
+                found = error
+        refusals.append(found)
+    alike = (one for one in refusals if one.is_of_device == refusals[0].is_of_device)
+    found = min(alike, key=lambda one: one.smallest_bytes)
     raise _with_budget(found, options.budget)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
+from splitkern.memory import planned_step
+from splitkern.memory.capture import CapturedStep
 from splitkern.memory.compile import BudgetError, _Same, compile, compiled_forward_of, uncompile_
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from tests.memory import models
@@ -239,6 +241,29 @@ def test_a_budget_that_is_too_small_names_one_that_is_not() -> None:
     compile(model, IMAGES, budget=caught.value.smallest_bytes, costs="paper", link_gbps=1)
     with pytest.raises(BudgetError):
         compile(small(), IMAGES, budget=caught.value.smallest_bytes - 1, costs="paper", link_gbps=1)
+
+
+def test_where_recomputation_needs_more_beside_the_arena_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution's scratch while the gradients of a large linear layer are there already."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        convolutions = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+        convolutions += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+        return nn.Sequential(
+            *convolutions, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 512), nn.Linear(512, 5)
+        )
+
+    def measured(step: CapturedStep) -> list[int]:
+        return [200 << 10 if one.target == "conv2d" else 0 for one in step.operations]
+
+    monkeypatch.setattr(planned_step, "measure_workspaces", measured)
+    smallest = {strategy: smallest_budget(model(), strategy=strategy) for strategy in ("default", "layerwise")}
+    assert smallest["default"] <= smallest["layerwise"]
+    compiled = compile(model(), IMAGES, budget=smallest["default"], costs="paper", link_gbps=1)
+    require_equal(train(compiled), train(model()))
+    monkeypatch.setattr(planned_step, "_INSTEAD_OF", {})
+    assert smallest_budget(model()) > smallest["layerwise"]
 
 
 def test_a_host_budget_that_is_too_small() -> None:
