@@ -131,19 +131,20 @@ class BoundCall:
             self._kwargs = dict(call.kwargs)
             _fill(self._kwargs, stand_ins.named, (reads, writes), device)
 
-    def run(self) -> None:
-        """Runs it once; the caller has switched gradients off."""
+    def run(self) -> Any:
+        """Runs it once; the caller has switched gradients off. What the call returns."""
         for read, write in self._preload:
             tensor_of(write).copy_(tensor_of(read))
         returned = self._overload(*self._args, **self._kwargs)
         if not self._copies:
-            return
+            return returned
         values = returned if isinstance(returned, tuple | list) else (returned,)
         for position, write in self._copies:
             value = values[position]
             # A gradient that nobody asked for is None, though its shape rule says otherwise.
             if value is not None:
                 tensor_of(write).copy_(value)
+        return returned
 
 
 def _fill(

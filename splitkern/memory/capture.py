@@ -8,6 +8,7 @@ and the executor call it.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -100,6 +101,8 @@ class CapturedOperation:
         bytes: bytes of all that it reads and writes.
         call: what eager execution ran.
         out_call: a call that writes into the destinations without allocating them; None where there is none.
+        is_taken: whether what it makes can be handed out as it is returned: all of a parameter's gradient, on the CPU,
+            where `out_call` would copy it.
     """
 
     name: str
@@ -121,6 +124,14 @@ class CapturedOperation:
     out_call: Call | None = field(repr=False)
     duration_us: float = 0.0
     workspace_bytes: int = 0
+    is_taken: bool = False
+
+    @property
+    def best_call(self) -> Call:
+        """What is run: a call that returns what is taken, or one that writes into the destinations, if there is one."""
+        if self.out_call is None:
+            return self.call
+        return rewrite.returning(self.out_call) if self.is_taken else self.out_call
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,7 @@ class CapturedStep:
             _, _, sizes, *window = operation.call.args
             images = torch.randn(sizes, dtype=reads[0].dtype, device=device, generator=generator)
             reads[1].copy_(torch.ops.splitkern.patch_max_pool2d(images, *window)[1])
-        call = operation.call if operation.out_call is None else operation.out_call
+        call = operation.best_call
 
         def run() -> None:
             rewrite.run_call(call, reads, writes)
@@ -760,12 +771,26 @@ class _Assembly:
             name=name,
             storages=tuple(self.captured_storages),
             tensors=tuple(self.tensors),
-            operations=tuple(operations),
+            operations=tuple(self._taken(operations)),
             constants=constants,
             device=self.device,
             **returned,
             **places,
         )
+
+    def _taken(self, operations: Sequence[CapturedOperation]) -> Iterator[CapturedOperation]:
+        """The operations, those marked that make the whole of a gradient, in its order in memory."""
+        writers = Counter(self.tensors[place].storage for one in operations for place in one.writes)
+        for one in operations:
+            if self.device_type == "cpu" and one.target == "conv2d_weight_grad" and one.out_call is not None:
+                made = self.tensors[one.writes[0]]
+                storage = self.captured_storages[made.storage]
+                size_bytes = math.prod(made.sizes) * made.element_bytes
+                is_whole = (made.offset_bytes, size_bytes) == (0, storage.size_bytes)
+                is_in_order = made.strides == tuple(math.prod(made.sizes[axis + 1 :]) for axis in range(4))
+                if storage.kind == "gradient" and writers[made.storage] == 1 and is_whole and is_in_order:
+                    one = replace(one, is_taken=True)
+            yield one
 
     @staticmethod
     def _whole(index: int, value: Tensor) -> Box:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitkern import _core, _library
 from splitkern.memory.arenas import Arenas, current_stream
-from splitkern.memory.bound_calls import Bound, BoundCall, tensor_of
+from splitkern.memory.bound_calls import Bound, BoundCall, StandIns, tensor_of
 from splitkern.memory.capture import CapturedOperation, CapturedStep
 from splitkern.memory.graphs import PieceGraphs
 from splitkern.memory.outside_tensors import OutsideTensors
@@ -67,6 +67,7 @@ class StepExecutor:
 
     Attributes:
         layout: of the step under the plan.
+        taken: by instance, the gradients, as places, that are handed out as their operations return them.
         begun_at: when the last forward pass began, by the clock `time.monotonic`; 0 before the first.
         observer: told of every instance, where there is one.
 
@@ -105,6 +106,8 @@ class StepExecutor:
         self.arenas = arenas or Arenas(predicted.device_peak_bytes, predicted.host_peak_bytes, step.device)
         self.layout = StepLayout(step, plan) if layout is None else layout
         self._outside = OutsideTensors(step, plan, self.layout, stay=self.options.cuda_graphs)
+        # Graphs write to memory that stays.
+        self.taken = {} if self.options.cuda_graphs else self.layout.taken
         self._views = self._bind_views()
         self._instances = self._bind_instances()
         self._given = frozenset[int]()
@@ -137,9 +140,12 @@ class StepExecutor:
         for number, accumulates in enumerate(layout.accumulates):
             position = layout.operations[number]
             operation, stand_ins = self.step.operations[position], layout.stand_ins[position]
-            call = operation.call if operation.out_call is None else operation.out_call
+            call = operation.best_call
             if accumulates:
                 call = _accumulating(operation, call)
+            elif operation.is_taken and number not in self.taken:
+                assert operation.out_call is not None
+                call, stand_ins = operation.out_call, StandIns.of(operation.out_call)
             reads = [views[view] for view in layout.reads[number]]
             writes = [views[view] for view in layout.writes[number]]
             bound.append(BoundCall(call, stand_ins, reads, writes, self.step.device))
@@ -381,19 +387,20 @@ class StepExecutor:
                 self._graphs.run_piece(first, last)
 
     def _begin_instance(self, number: int) -> None:
-        """Passes the boundary before an instance, and makes memory for the gradients that it is the first to write."""
+        """Passes the boundary before an instance, and makes memory for gradients that it is the first to write."""
         if self._pipeline is not None:
             self._pipeline.at_boundary(number)
-        for storage in self.layout.made_at.get(number, ()):
-            self._outside.make(storage)
+        if number not in self.taken:
+            for storage in self.layout.made_at.get(number, ()):
+                self._outside.make(storage)
 
     def _run_call(self, number: int) -> None:
         try:
             if self.observer is None:
-                self._instances[number].run()
+                returned = self._instances[number].run()
             else:
                 with self.observer.instance(number):
-                    self._instances[number].run()
+                    returned = self._instances[number].run()
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -403,6 +410,8 @@ class StepExecutor:
                 f"{bytes_text(self.plan.predicted.device_peak_bytes)}: {_first_line(error)}; "
                 "give compile a smaller budget, which leaves more to the allocator, or free what else is on the device"
             ) from error
+        if number in self.taken:
+            self._outside.take(self.taken[number], returned)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -110,6 +110,13 @@ class OutsideTensors:
         if self._stay:
             self._static.add(storage)
 
+    def take(self, place: int, value: Tensor) -> None:
+        """Takes over a gradient that an operation has returned, all of its storage."""
+        tensor = self._step.tensors[place]
+        if not _same_strides(value, tensor.strides):
+            raise RuntimeError(f"{tensor.name} must have strides {list(tensor.strides)}, got {list(value.stride())}")
+        self._put(self._layout.storage_of(place), value)
+
     def is_static(self, storage: int) -> bool:
         """Whether it keeps its memory from step to step."""
         return storage in self._static

@@ -157,7 +157,7 @@ def label(device: torch.device) -> str:
 
 def key_of(step: CapturedStep, operation: CapturedOperation, device: torch.device) -> dict[str, Any]:
     """All that the duration of an operation depends on, as JSON holds it."""
-    call = operation.call if operation.out_call is None else operation.out_call
+    call = operation.best_call
 
     def tensors(places: Sequence[int]) -> list[Any]:
         boxes = (step.tensors[place] for place in places)
@@ -306,7 +306,15 @@ def measure_workspaces(
                 with allocated.label(name):
                     run()
     most = dict(allocated.peak_in)
-    return [most[name] for name in names]
+    return [most[name] - _taken_bytes(step, index) for index, name in zip(chosen, names, strict=True)]
+
+
+def _taken_bytes(step: CapturedStep, index: int) -> int:
+    """Of what an operation allocates, the gradient that it hands out."""
+    operation = step.operations[index]
+    if not operation.is_taken:
+        return 0
+    return step.storages[step.tensors[operation.writes[0]].storage].size_bytes
 
 
 @dataclass(frozen=True)

@@ -569,6 +569,11 @@ def _weight_grad(operation: RecordedOperation) -> Call:
     return Call(splitkern_ops.patch_conv2d_weight_grad.out, (*operation.args, False), {"output": Write(0)})
 
 
+def returning(call: Call) -> Call:
+    """A weight gradient that is returned, instead of written as by a call of `out_call`."""
+    return Call(splitkern_ops.patch_conv2d_weight_grad.default, call.args[:-1], {})
+
+
 def _bounds(read: Sequence[int], written: Sequence[int]) -> list[list[int]]:
     return [[0, read[2]], [0, read[3]], [0, written[2]], [0, written[3]]]
 

@@ -45,6 +45,7 @@ class StepLayout:
         reads, writes: by instance, positions in `views`.
         made_at: by instance, the gradients outside the arena that it is the first to write: they are made then.
         made: all of these.
+        taken: by instance, the gradients outside the arena, as places, that its call may return.
         begin_of_backward: the first instance that needs a gradient that the step is given, or is of the backward pass.
         late: parameters and inputs, by name and storage, whose values backward needs as forward left them.
         changed_inputs: numbers of the inputs that the forward part writes.
@@ -66,7 +67,7 @@ class StepLayout:
         self.operations = [instance.operation for instance in instances]
         self.accumulates = [instance.accumulate for instance in instances]
         self._ran = [step.operations[operation] for operation in self.operations]
-        self.stand_ins = [StandIns.of(one.call if one.out_call is None else one.out_call) for one in step.operations]
+        self.stand_ins = [StandIns.of(one.best_call) for one in step.operations]
         self._storage_of = [0] * len(step.storages)
         for number, storage in enumerate(plan.storages):
             for member in storage.members:
@@ -92,6 +93,11 @@ class StepLayout:
         self.gradients = {name: views((place,), len(self._ran))[0] for name, place in step.gradients.items()}
         self.made_at = self._first_writes()
         self.made = {storage for made in self.made_at.values() for storage in made}
+        self.taken = {
+            number: one.writes[0]
+            for number, one in enumerate(self._ran)
+            if one.is_taken and self.storage_of(one.writes[0]) in self.made
+        }
         self.begin_of_backward = self._find_backward([instance.is_recomputation for instance in instances])
         self.late = self._read_in_backward()
         self.changed_inputs = self._written_in_forward()

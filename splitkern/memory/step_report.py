@@ -242,6 +242,8 @@ def _measure(
         _step(model, args)
     _clear(model)
     beside = {int(name): size for name, size in allocated.peak_in}
+    for number, place in executor.taken.items():
+        beside[number] -= executor.step.storages[executor.step.tensors[place].storage].size_bytes
     timed, steps_ms, host_ms, waits_ms = [], [], [], []
     for _ in range(repeats):
         for one in planned.executors:

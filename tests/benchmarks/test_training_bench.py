@@ -203,7 +203,7 @@ def test_a_plan_that_takes_more_than_its_budget_is_made_for_less(monkeypatch: py
 
     monkeypatch.setattr(training, "TrainingStep", recorded)
     bench = bench_of(["plain", "splitkern"], budget)
-    ready = bench._prepare(KNOWN["splitkern"], 28)
+    ready = bench._prepare(KNOWN["splitkern"], 26)
     assert given == [budget, budget - 3000]
     assert ready.spare_bytes == 3000
     assert ready.peak_bytes <= budget

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from splitkern.memory import step_layout
+from splitkern.memory.capture import capture
 from splitkern.memory.compile import compile, compiled_forward_of, uncompile_
 from splitkern.memory.executor import StepExecutor
+from splitkern.memory.outside_tensors import OutsideTensors
 from tests.memory.compiled_models import (
     IMAGES,
     LABELS,
@@ -241,3 +243,42 @@ def test_clipping_schedulers_and_checkpoints(tmp_path: Path) -> None:
     wanted_later, _ = run(small(), 2, copy.deepcopy(wanted_state))
     found_later, _ = run(compiled_small(), 2, torch.load(tmp_path / "checkpoint.pt"))
     assert (found, found_later) == (wanted, wanted_later)
+
+
+def test_weight_gradients_are_handed_out_as_operations_return_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where a call that writes them would copy; patches add theirs up in one memory."""
+    model, expected = split_small(), split_small()
+    compile(model, IMAGES, budget=None, costs="paper")
+    (executor,) = executors_of(model)
+    gradients = executor.step.gradients
+    named = {place: name for name, place in gradients.items()}
+    assert {named[place] for place in executor.taken.values()} == {"6.conv.weight", "7.conv.weight"}
+    returned: list[tuple[str, int]] = []
+    real = OutsideTensors.take
+
+    def take(self: OutsideTensors, place: int, value: Tensor) -> None:
+        returned.append((named[place], value.data_ptr()))
+        real(self, place, value)
+
+    monkeypatch.setattr(OutsideTensors, "take", take)
+    for one in (model, expected):
+        F.cross_entropy(one(IMAGES), LABELS).backward()
+    parameters = dict(model.named_parameters())
+    assert len(returned) == 2
+    for name, address in returned:
+        assert parameters[name].grad.data_ptr() == address
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameters[name].grad, parameter.grad), name
+
+
+@pytest.mark.parametrize("images", [IMAGES.contiguous(memory_format=torch.channels_last), IMAGES])
+def test_gradients_of_other_layouts_are_written(images: Tensor) -> None:
+    is_last = images.is_contiguous(memory_format=torch.channels_last)
+    model = small().to(memory_format=torch.channels_last) if is_last else small()  # type: ignore[call-overload]
+    compile(model, images, budget=None, costs="paper")
+    forward = compiled_forward_of(model)
+    assert forward is not None
+    operations = forward.planned((images,)).step.operations
+    assert sum(one.is_taken for one in operations) == (0 if is_last else 5)
+    on_a_gpu = capture(small(), images, given_gradients=True, device_type="cuda")
+    assert not any(one.is_taken for one in on_a_gpu.operations)
