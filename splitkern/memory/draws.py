@@ -132,7 +132,7 @@ class Drawing:
                 try:
                     yield self.layout((*origin[:place], bound, *origin[place + 1 :]))
                 except ValueError:
-                    continue  # here no draw comes either
+                    continue  # not with the others even: `_Lines.require` sees to such a draw when it comes
 
     def fits(self, draw: Draw) -> bool:
         """Whether the network can be cut there."""

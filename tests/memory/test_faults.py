@@ -178,6 +178,16 @@ def test_host_memory_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None
     require_usable(model)
 
 
+def test_arenas_that_cannot_be_had() -> None:
+    """The pool passes on what PyTorch's allocator says, of the type that it has there."""
+    cpu = torch.device("cpu")
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as refusal:
+        arenas.Arenas(1 << 50, 0, cpu)
+    assert not isinstance(refusal.value, _core.OutOfMemory)
+    with pytest.raises(RuntimeError, match=r"host memory .* cannot be had: .*DefaultCPUAllocator.*host_budget"):
+        arenas.Arenas(0, 1 << 50, cpu)
+
+
 def test_arenas_are_returned() -> None:
     model, executor = compiled()
     F.cross_entropy(model(IMAGES), LABELS).backward()
