@@ -75,9 +75,8 @@ class AllocatedBytes:
         if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             raise RuntimeError("allocations are counted by torch's profiler, and one is running already: end it first")
         _turn.acquire()
+        # Of the CPU alone, also for a GPU's allocator, which runs there: nothing of CUPTI is needed.
         activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
         with warnings.catch_warnings(), _no_word_of_gpus():
             # That events of earlier cycles are dropped: there is one cycle.
             warnings.simplefilter("ignore")

@@ -69,6 +69,8 @@ class Arenas:
     """
 
     def __init__(self, device_bytes: int, host_bytes: int, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what measuring the step has left there would lie beside the arena
         self._device_arena, self.device = _reserve(device_bytes, device)
         pinned = device.type == "cuda"
         try:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only
 
@@ -510,7 +511,9 @@ class _Capture:
         self.wants_outputs, self.given_gradients = outputs or given_gradients, given_gradients
         self.device_type = device_type
         self.fake_mode = FakeTensorMode(static_shapes=True)
-        self.recorder = Recorder(self.fake_mode)
+        held = (*tree_leaves((arguments, targets)), *model.parameters(), *model.buffers())
+        self.device = next((one.device for one in held if isinstance(one, Tensor)), torch.device("cpu"))
+        self.recorder = Recorder(self.fake_mode, self.device)
         names: dict[int, str] = {}
         for path, module in modules.items():
             names.setdefault(id(module), path)
@@ -546,7 +549,8 @@ class _Capture:
                 given = None
             with self.fake_mode, self.recorder, torch.enable_grad():
                 self.phase = "backward"
-                with self.labels.backward([root.grad_fn for root in roots]):
+                # On this thread, which the region tells what it does; autograd has a thread of its own for a GPU.
+                with self.labels.backward([root.grad_fn for root in roots]), set_multithreading_enabled(False):
                     found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
                 self.recorder.label = Label()
                 gradients = self._gradients(dict(zip(unique.values(), found, strict=True)))
@@ -572,18 +576,13 @@ class _Capture:
             },
             parameters={path: boxes(tensor) for path, tensor in self.parameters.items()},
             inputs={path: boxes(tensor) for path, tensor in self.inputs.items()},
-            device=self._device(),
-            device_type=self.device_type or self._device().type,
+            device=self.device,
+            device_type=self.device_type or self.device.type,
         ).step(
             name,
             differentiable=tuple(i for i, leaf in enumerate(returned) if leaf.grad_fn is not None),
             structure=structure if self.wants_outputs else None,
         )
-
-    def _device(self) -> torch.device:
-        for tensor in (*self.inputs.values(), *self.parameters.values()):
-            return tensor.device
-        return torch.device("cpu")
 
     def _fake_parameters(self) -> None:
         """Give the modules fake parameters and buffers; one that is in two places stays one."""
@@ -654,6 +653,9 @@ class _Capture:
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if any(leaf.requires_grad and leaf.grad_fn is None for leaf in leaves):
             raise CaptureError("the model must not return a parameter or an input itself; return a copy (clone)")
+        elsewhere = next((leaf for leaf in leaves if leaf.device != self.device), None)
+        if elsewhere is not None:
+            raise CaptureError(f"the model returns a tensor on {elsewhere.device}; its step lies on {self.device}")
         if not roots:
             raise CaptureError("nothing that the model returns depends on anything that requires a gradient")
         return roots

@@ -113,7 +113,7 @@ class StepExecutor:
         self._given = frozenset[int]()
         self._stream = current_stream(step.device)
         self._pipeline = self._make_pipeline()
-        self._graphs = PieceGraphs(plan, self._run_call) if self.options.cuda_graphs else None
+        self._graphs = PieceGraphs(plan, self._run_call, step.device) if self.options.cuda_graphs else None
         # Reentrant: while it is held the garbage collector may end the very step that is being given up.
         self._lock = threading.RLock()
         self._busy = threading.Lock()
@@ -278,7 +278,8 @@ class StepExecutor:
             if name in self.step.inputs:
                 self._outside.bind(self.step.inputs[name], value.detach())
         for place, value in self.step.constants.items():
-            self._outside.bind(place, value.detach())
+            # A scalar that the model holds on the CPU takes part on a GPU, as in eager execution.
+            self._outside.bind(place, value.detach().to(self.step.device))
 
     def backward_part(self, part: int, grad_outputs: Sequence[Tensor | None] = ()) -> dict[str, Tensor]:
         """Runs the next part of the backward pass.

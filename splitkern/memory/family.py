@@ -162,9 +162,9 @@ _NOT_COMPARED = frozenset({"call", "out_call", "flop", "bytes", "duration_us", "
 
 def _whole_numbers(value: Tensor) -> list[int] | None:
     """The elements of a constant if they are whole numbers that fit its type and int64 exactly."""
-    if value.dtype == torch.bool or value.is_complex() or not value.is_cpu:
+    if value.dtype == torch.bool or value.is_complex():
         return None
-    flat = value.detach().reshape(-1)
+    flat = value.detach().reshape(-1).cpu()
     if value.is_floating_point():
         if not bool(torch.all((flat == flat.round()) & (flat.abs() < _EXACT))):
             return None

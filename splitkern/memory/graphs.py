@@ -7,6 +7,7 @@ for every part of it.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,21 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def capture(run: Callable[[], None], pool: Any) -> Replay:
-    """Captures what a function launches on the current device, without running it.
+@functools.cache
+def stream_of(device: torch.device) -> Any:
+    """The stream to capture on: one for each device, as cuBLAS keeps a workspace for each for good. PyTorch's own is of
+    the device that was current when the first graph of the process was captured.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def capture(run: Callable[[], None], pool: Any, stream: Any) -> Replay:
+    """Captures what a function launches on the current stream of a stream's device, without running it.
 
     Args:
         run: launches.
         pool: of :func:`new_pool`, for what the function allocates.
+        stream: of :func:`stream_of`.
 
     Returns:
         Launches it on the current stream.
@@ -51,16 +61,19 @@ def capture(run: Callable[[], None], pool: Any) -> Replay:
     was_collecting = gc.isenabled()
     gc.disable()
     try:
-        _capture_into(graph, run, pool)
+        _capture_into(graph, run, pool, stream)
     finally:
         if was_collecting:
             gc.enable()
     return graph.replay
 
 
-def _capture_into(graph: torch.cuda.CUDAGraph, run: Callable[[], None], pool: Any) -> None:
+def _capture_into(graph: torch.cuda.CUDAGraph, run: Callable[[], None], pool: Any, stream: Any) -> None:
     # Of this thread alone: those that feed copies wait for events meanwhile, which a global capture forbids.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         run()
 
 
@@ -70,13 +83,14 @@ class PieceGraphs:
     Args:
         plan: whose boundaries divide it.
         run: runs one instance eagerly.
+        device: of the step.
     """
 
     #: Runs of a piece before it is captured: the first call of a shape chooses algorithms and allocates.
     WARM_UPS = 1
 
-    def __init__(self, plan: _core.Plan, run: Callable[[int], None]) -> None:
-        self._run = run
+    def __init__(self, plan: _core.Plan, run: Callable[[int], None], device: torch.device) -> None:
+        self._run, self._device = run, device
         self._active = [bool(one.waits or one.issues) for one in plan.boundaries]
         self._graphs: dict[tuple[int, int], Replay] = {}
         # One for all pieces: what their operations allocate is there once, as without graphs.
@@ -110,5 +124,5 @@ class PieceGraphs:
 
             if self._pool is None:
                 self._pool = new_pool()
-            replay = self._graphs[piece] = capture(run, self._pool)
+            replay = self._graphs[piece] = capture(run, self._pool, stream_of(self._device))
         replay()

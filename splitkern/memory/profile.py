@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,9 +217,25 @@ def measure_step(
     Raises:
         RuntimeError: where an operation does not run; the text names it and its module.
     """
+    device = step.device if device is None else device
+    with _current(device):  # the timer's events are of the device that is current
+        return _measure_step(step, device, cache, budget_ms, timer, progress)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _measure_step(
+    step: CapturedStep,
+    device: torch.device,
+    cache: DurationCache | None,
+    budget_ms: float,
+    timer: Timer | None,
+    progress: Callable[[int, int], Any] | None,
+) -> Profile:
     from splitkern.benchmarks.gpu_timing import DeviceTimer, HostTimer
 
-    device = step.device if device is None else device
     if timer is None:
         timer = DeviceTimer(device) if device.type == "cuda" else HostTimer()
     keys = [key_of(step, operation, device) for operation in step.operations]

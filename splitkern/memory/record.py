@@ -161,11 +161,12 @@ class Recorder(TorchDispatchMode):
 
     Args:
         fake_mode: the mode below, to make fakes of constants that the model holds.
+        device: where the step lies.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake_mode = fake_mode
+        self.fake_mode, self.device = fake_mode, device
         self.storages: list[RecordedStorage] = []
         self.operations: list[RecordedOperation] = []
         self.label = Label()
@@ -258,6 +259,11 @@ class Recorder(TorchDispatchMode):
         outputs = [leaf for leaf in returned if isinstance(leaf, Tensor)]
         for tensor in outputs:
             _require_plain(tensor)
+            if tensor.ndim and tensor.device != self.device:
+                raise CaptureError(
+                    f"{func} makes a tensor on {tensor.device}; a step lies on one device, here {self.device}: move "
+                    "tensors outside the model"
+                )
         if func in _ALLOCATIONS:
             for tensor in outputs:
                 self._storage(tensor)
@@ -301,6 +307,10 @@ def _corrected(func: Any, args: tuple[Any, ...], result: Any) -> Any:
     """
     if func is aten.native_batch_norm.default and args[5] and args[1] is not None and args[1].dtype != args[0].dtype:
         return (result[0], *(statistics.to(args[1].dtype) for statistics in result[1:]))
+    if func is aten.cudnn_batch_norm.default and args[5]:
+        # What cuDNN keeps for the backward pass; the fake operator says nothing.
+        reserve_bytes = torch._C._get_cudnn_batch_norm_reserve_space_size(args[0], True)  # type: ignore[attr-defined]
+        return (*result[:3], result[3].new_empty(reserve_bytes))
     return result
 
 

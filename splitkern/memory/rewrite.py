@@ -277,6 +277,10 @@ _SHAPE_ONLY: Mapping[Any, tuple[int, ...]] = {
     aten.nll_loss2d_backward.default: (1,),
 }
 
+#: Of these, operators that on CUDA lay their result out as the argument that they do not read (the second one): the
+#: result's own memory stands for it, in size and layout.
+_LAID_OUT_AS_READ = frozenset({aten.max_pool2d_with_indices_backward.default, aten.avg_pool2d_backward.default})
+
 #: Gradients of batch norms: positions of the running statistics, which they do not read where they normalised by the
 #: batch's own, and of the argument that tells (None: always its own).
 _BATCH_NORM_BACKWARDS: Mapping[Any, tuple[tuple[int, int], int | None]] = {
@@ -551,6 +555,8 @@ def out_call(operation: RecordedOperation, device_type: str) -> Call | None:
     if overload not in _OUT:
         return None
     out, names = _OUT[overload]
+    if overload in _LAID_OUT_AS_READ:
+        args = (args[0], Write(0), *args[2:])
     kwargs = {name: value for name, value in kwargs.items() if name in {a.name for a in out._schema.arguments}}
     destinations = {name: Write(place) for place, name in enumerate(names)}
     # ATen's .out forms check the dtype of the result; a conversion on the way is not theirs.

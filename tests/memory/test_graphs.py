@@ -36,7 +36,7 @@ class Recorded:
         self.replays = 0
         self.pools: list[object] = []
 
-    def __call__(self, run: Callable[[], None], pool: object) -> Callable[[], None]:
+    def __call__(self, run: Callable[[], None], pool: object, stream: object) -> Callable[[], None]:
         self.pools.append(pool)
         calls: list[Callable[[], None]] = []
 
@@ -83,6 +83,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     stand_in = Recorded()
     monkeypatch.setattr(graphs, "capture", stand_in)
     monkeypatch.setattr(graphs, "new_pool", object)
+    monkeypatch.setattr(graphs, "stream_of", lambda device: object())
     monkeypatch.setattr(planned_step, "require_graphs", lambda device, debug: None)
     return stand_in
 
@@ -122,8 +123,9 @@ def test_parameters_that_move_are_captured_anew(recorded: Recorded) -> None:
 
 
 def test_a_capture_leaves_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that feed copies go on while a piece is captured."""
+    """Those that feed copies go on while a piece is captured; it is captured on a stream of the step's device."""
     given: list[dict[str, Any]] = []
+    current: list[torch.device] = []
 
     class Graph:
         def replay(self) -> None:
@@ -134,11 +136,22 @@ def test_a_capture_leaves_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -
         given.append(options)
         yield
 
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+
+    class Stream:
+        device = torch.device("cuda", 1)
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", begin)
+    monkeypatch.setattr(torch.cuda, "device", on)
     ran: list[int] = []
-    graphs.capture(lambda: ran.append(1), "pool")()
-    assert ran == [1] and given == [{"pool": "pool", "capture_error_mode": "thread_local"}]
+    stream = Stream()
+    graphs.capture(lambda: ran.append(1), "pool", stream)()
+    assert ran == [1] and current == [Stream.device]
+    assert given == [{"pool": "pool", "stream": stream, "capture_error_mode": "thread_local"}]
 
 
 def test_gradients_of_a_replayed_step_are_the_callers(recorded: Recorded) -> None:

@@ -175,9 +175,14 @@ void Streams::checksum(StreamId stream, const void* source, int64_t size_bytes, 
   void* staging = nullptr;
   {
     const std::lock_guard lock(mutex_);
-    void*& made = staging_[static_cast<size_t>(stream)];
-    if (made == nullptr) SPLITKERN_CUDA_CHECK(cudaHostAlloc(&made, kStagingBytes, cudaHostAllocDefault));
-    staging = made;
+    staging = staging_[static_cast<size_t>(stream)];
+  }
+  if (staging == nullptr) {
+    // Without the lock, which functions on the streams take: the runtime may wait for the streams here. A stream's
+    // feeder alone calls this.
+    SPLITKERN_CUDA_CHECK(cudaHostAlloc(&staging, kStagingBytes, cudaHostAllocDefault));
+    const std::lock_guard lock(mutex_);
+    staging_[static_cast<size_t>(stream)] = staging;
   }
   // In stream order, so a piece has been read when the next one replaces it.
   const auto state = std::make_shared<uint64_t>(kChecksumSeed);
