@@ -1,5 +1,7 @@
 // splitkern._core: the pipeline that carries out a plan's copies beside an executor written in Python. Addresses and
 // streams are integers. Every method lets other Python threads run.
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "bindings/value_types.h"
@@ -33,7 +35,13 @@ class Pipeline {
   }
 
   // Python lets go of its objects with its lock held, and the wait for the streams can be long: other threads run on.
+  // A forked process has none of the threads that its copy of a pipeline would wait for: it keeps the copy.
   ~Pipeline() {
+    if (is_of_parent()) {
+      [[maybe_unused]] const CopyPipeline* const kept_pipeline = pipeline_.release();
+      [[maybe_unused]] const StreamBackend* const kept_streams = streams_.release();
+      return;
+    }
     const py::gil_scoped_release unlocked;
     pipeline_.reset();
     streams_.reset();
@@ -42,14 +50,28 @@ class Pipeline {
   Pipeline& operator=(const Pipeline&) = delete;
 
   void at_boundary(int32_t boundary) {
+    require_own();
     pipeline_->at_boundary(boundary);
     if (!host_computes_ || !waits_[static_cast<size_t>(boundary)]) return;
     streams_->record(reached_, StreamId::kCompute);
     streams_->synchronize(reached_);
   }
+  void synchronize() {
+    require_own();
+    pipeline_->synchronize();
+  }
+  void abort() {
+    if (!is_of_parent()) pipeline_->abort();
+  }
   CopyPipeline& pipeline() { return *pipeline_; }
 
  private:
+  bool is_of_parent() const { return getpid() != process_; }
+  void require_own() const {
+    if (is_of_parent()) throw InvalidArgument("a copy pipeline must be used in the process that made it");
+  }
+
+  const pid_t process_ = getpid();
   std::unique_ptr<StreamBackend> streams_;
   std::unique_ptr<CopyPipeline> pipeline_;
   const bool host_computes_;
@@ -151,12 +173,8 @@ void define_pipeline(py::module_& module) {
            "Waits and issues as the plan says; afterwards the instance may be run.\n\n"
            "Raises:\n    CopyFailed: a copy did not arrive, or arrived changed; the next boundary is 0.\n"
            "    InvalidArgument: a boundary out of turn.")
-      .def(
-          "synchronize", [](Pipeline& self) { self.pipeline().synchronize(); }, Unlocked(),
-          "Waits until all copies issued so far are done.")
-      .def(
-          "abort", [](Pipeline& self) { self.pipeline().abort(); }, Unlocked(),
-          "Ends a step in the middle; afterwards nothing touches the arenas.")
+      .def("synchronize", &Pipeline::synchronize, Unlocked(), "Waits until all copies issued so far are done.")
+      .def("abort", &Pipeline::abort, Unlocked(), "Ends a step in the middle; afterwards nothing touches the arenas.")
       .def_property_readonly(
           "statistics", [](Pipeline& self) { return self.pipeline().statistics(); }, "Since the pipeline was made.");
 }

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -29,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only
 
 from splitkern.memory import rewrite
+from splitkern.memory.isolation import Holdings, isolated, where
 from splitkern.memory.record import (
     Box,
     CaptureError,
@@ -340,12 +340,19 @@ def capture(
         raise ValueError("given_gradients must not come with loss or targets: the loss is not part of such a step")
     if device_type not in (None, "cpu", "cuda"):
         raise ValueError(f"device_type must be 'cpu', 'cuda' or None, got {device_type!r}")
+    for value in tree_leaves((arguments, extra)):
+        if not isinstance(value, Tensor) and any(
+            isinstance(one, Tensor) for one in getattr(value, "__dict__", {}).values()
+        ):
+            raise CaptureError(
+                f"an argument is a {type(value).__name__} that holds tensors, which would be taken for constants; pass "
+                "the tensors, or register the class with torch.utils._pytree"
+            )
     modules = _modules(model, loss)
     _require_capturable(modules, runs_gradient_hooks=given_gradients)
     with ExitStack() as stack:
         stack.enter_context(without_recomputation(model))
-        stack.enter_context(_unchanged(modules))
-        stack.enter_context(_fresh_autocast_cache())
+        stack.enter_context(isolated(modules))
         capturing = _Capture(model, modules, loss, arguments, extra, outputs, given_gradients, device_type)
         return capturing.run(name or type(model).__name__)
 
@@ -392,10 +399,10 @@ def _require_capturable(modules: Mapping[str, nn.Module], *, runs_gradient_hooks
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
                 full = f"{path}.{key}" if path else key
-                raise CaptureError(f"{full} of {_where(path, module)} has no shape yet; run the model once first")
+                raise CaptureError(f"{full} of {where(path, module)} has no shape yet; run the model once first")
         if any(getattr(module, hooks) for hooks in _HOOKS):
             raise CaptureError(
-                f"{_where(path, module)} has forward or backward hooks, which a captured step would not run; "
+                f"{where(path, module)} has forward or backward hooks, which a captured step would not run; "
                 f"remove them first"
             )
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -410,13 +417,9 @@ def _require_capturable(modules: Mapping[str, nn.Module], *, runs_gradient_hooks
         split = split_forward_of(module)
         if split is not None and split.is_drawing and split.chosen is None:
             raise CaptureError(
-                f'{_where(path, module)} is split with boundary="stochastic", whose boundaries change every step; '
+                f'{where(path, module)} is split with boundary="stochastic", whose boundaries change every step; '
                 'capture it with boundary="zero" or "halo"'
             )
-
-
-def _where(path: str, module: nn.Module) -> str:
-    return f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
 
 
 @contextmanager
@@ -434,52 +437,8 @@ def without_recomputation(model: nn.Module) -> Iterator[None]:
         forward.options = before
 
 
-@contextmanager
-def _unchanged(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Give every module back what it held; a tensor of the step that it keeps is an error."""
-    inner = ("_parameters", "_buffers", "_modules")
-    before = [
-        (path, module, dict(module.__dict__), {key: dict(module.__dict__[key]) for key in inner})
-        for path, module in modules.items()
-    ]
-    kept: list[str] = []
-    counted: list[str] = []
-    try:
-        yield
-    finally:
-        for path, module, attributes, dictionaries in before:
-            for key, value in list(module.__dict__.items()):
-                if attributes.get(key, _unchanged) is value:
-                    continue
-                if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value)):
-                    kept.append(f"{_where(path, module)} keeps a tensor of the step in {key!r}")
-                elif key in attributes and isinstance(value, int | float | str) and value != attributes[key]:
-                    counted.append(f"{_where(path, module)} changes its {key!r} in the forward pass")
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for key, values in dictionaries.items():
-                module.__dict__[key].clear()
-                module.__dict__[key].update(values)
-    if kept:
-        raise CaptureError(f"{kept[0]}, which a captured step would not set; return it instead")
-    if counted:
-        raise CaptureError(f"{counted[0]}, which a captured step would not do; change it in the training loop")
-
-
-@contextmanager
-def _fresh_autocast_cache() -> Iterator[None]:
-    """Autocast keeps casts of parameters: neither may the capture see real ones nor may fake ones stay."""
-    enabled = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    if enabled:
-        torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        if enabled:
-            torch.clear_autocast_cache()
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether the memory between the first and the last element of two tensors overlaps."""
     if one.untyped_storage()._cdata != other.untyped_storage()._cdata or 0 in (one.numel(), other.numel()):
         return False
 
@@ -511,7 +470,7 @@ class _Capture:
         self.wants_outputs, self.given_gradients = outputs or given_gradients, given_gradients
         self.device_type = device_type
         self.fake_mode = FakeTensorMode(static_shapes=True)
-        held = (*tree_leaves((arguments, targets)), *model.parameters(), *model.buffers())
+        held = (*model.parameters(), *model.buffers(), *tree_leaves((arguments, targets)))
         self.device = next((one.device for one in held if isinstance(one, Tensor)), torch.device("cpu"))
         self.recorder = Recorder(self.fake_mode, self.device)
         names: dict[int, str] = {}
@@ -526,6 +485,7 @@ class _Capture:
         self.inputs: dict[str, Tensor] = {}
         # What the step is given, by name: as it is, and its fake.
         self.given: list[tuple[str, Tensor, Tensor]] = []
+        self.given_storages: list[int] = []
 
     def run(self, name: str) -> CapturedStep:
         self._fake_parameters()
@@ -537,6 +497,7 @@ class _Capture:
         for path, tensor in wanted.items():
             unique.setdefault(id(tensor), (path, tensor))
         leaves = [tensor for _, tensor in unique.values()]
+        held = Holdings(self.modules)
         try:
             with self.fake_mode, self.recorder, torch.enable_grad(), self.labels.forward():
                 result = self.model(*arguments)
@@ -547,6 +508,8 @@ class _Capture:
             else:
                 self._require_loss(roots[0])
                 given = None
+            held.require_kept()
+            self._require_in_place()
             with self.fake_mode, self.recorder, torch.enable_grad():
                 self.phase = "backward"
                 # On this thread, which the region tells what it does; autograd has a thread of its own for a GPU.
@@ -612,7 +575,16 @@ class _Capture:
         fake.requires_grad_(tensor.requires_grad)
         self.recorder.declare(fake, kind, name)
         self.given.append((name, tensor, fake))
+        self.given_storages.append(fake.untyped_storage()._cdata)
         return fake
+
+    def _require_in_place(self) -> None:
+        for (name, _, fake), storage in zip(self.given, self.given_storages, strict=True):
+            if fake.untyped_storage()._cdata != storage:
+                raise CaptureError(
+                    f"{name} gets other memory in the forward pass (.data = ...), which a captured step would not give "
+                    "it; update it in place (copy_)"
+                )
 
     def _require_apart(self) -> None:
         """What the step changes in place must be nothing else that it is given: each is taken to be by itself."""
@@ -622,7 +594,7 @@ class _Capture:
         changed = [one for one in given if recorder.box(one[2]).storage in written]
         for name, tensor, fake in changed:
             for other, seen, other_fake in given:
-                if fake is not other_fake and _share_memory(tensor, seen):
+                if fake is not other_fake and share_memory(tensor, seen):
                     raise CaptureError(
                         f"{name} and {other} share memory, and the step changes the first in place, which a plan "
                         "cannot follow; give each memory of its own (clone)"
@@ -656,6 +628,9 @@ class _Capture:
         elsewhere = next((leaf for leaf in leaves if leaf.device != self.device), None)
         if elsewhere is not None:
             raise CaptureError(f"the model returns a tensor on {elsewhere.device}; its step lies on {self.device}")
+        other = next((type(leaf).__name__ for leaf in tree_leaves(result) if not isinstance(leaf, Tensor)), None)
+        if not roots and other is not None:
+            raise CaptureError(f"the model must return tensors only, however nested, got a {other} among them")
         if not roots:
             raise CaptureError("nothing that the model returns depends on anything that requires a gradient")
         return roots
@@ -664,6 +639,8 @@ class _Capture:
         for number, root in enumerate(roots):
             with self.fake_mode:
                 gradient = torch.empty_strided(root.shape, root.stride(), dtype=root.dtype, device=root.device)
+                if torch._debug_has_internal_overlap(gradient) != 0:  # of an expanded tensor, or of windows
+                    gradient = torch.empty(root.shape, dtype=root.dtype, device=root.device)
             self.recorder.declare(gradient, "input", f"grad_output.{number}")
             self.inputs[f"grad_output.{number}"] = gradient
         return tuple(self.inputs[f"grad_output.{number}"] for number in range(len(roots)))
@@ -701,8 +678,8 @@ class _Capture:
     def _error(self, error: Exception) -> CaptureError:
         operator, label = self.recorder.failed or ("", self.recorder.label)
         module = self.modules.get(label.module)
-        where = _where(label.module, module) if module is not None else repr(label.module)
-        what = f"{operator} in {where}" if operator else where
+        place = where(label.module, module) if module is not None else repr(label.module)
+        what = f"{operator} in {place}" if operator else place
         if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = "what follows depends on the values of tensors, which a plan made beforehand cannot know"
         elif isinstance(error, UnsupportedOperatorException) or "no fake impl registered" in str(error):

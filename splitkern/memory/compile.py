@@ -7,27 +7,37 @@ gradients enabled, a forward pass runs the first part of the planned step, and a
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
+from numbers import Integral
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from splitkern import _core
 from splitkern.memory.capture import global_hooks
 from splitkern.memory.cost_model import CostModel, cost_model
 from splitkern.memory.executor import ExecutorOptions
 from splitkern.memory.planned_step import BudgetError, CompiledPlan, CompileOptions, PlannedStep
-from splitkern.memory.report import parse_bytes
+from splitkern.memory.report import bytes_text, parse_bytes
+from splitkern.split.surgery import SplitForward
 
 Model = TypeVar("Model", bound=nn.Module)
 
 __all__ = ["BudgetError", "CompiledPlan", "compile", "compiled_forward_of", "uncompile_"]
+
+
+#: Of all compiled models that are alive.
+_FORWARDS: weakref.WeakSet[CompiledForward] = weakref.WeakSet()
 
 
 class CompiledForward:
@@ -47,6 +57,7 @@ class CompiledForward:
         self._reset()
 
     def _reset(self) -> None:
+        _FORWARDS.add(self)
         self.replans = 0
         self._redraws = 0  # of executors that are gone
         #: The steps planned last. The one that ran last has executors, and so arenas.
@@ -77,6 +88,9 @@ class CompiledForward:
             return self.original(*args, **kwargs)
         if kwargs:
             raise TypeError(f"a compiled model takes its inputs by position in training, got {sorted(kwargs)} by name")
+        tensors = (*self.model.parameters(), *self.model.buffers(), *tree_leaves(args))
+        if not any(isinstance(one, Tensor) and one.requires_grad for one in tensors):
+            return self.original(*args)  # there is nothing to train
         return self.planned(args)(self.model, args)
 
     def planned(self, args: tuple[Any, ...]) -> PlannedStep:
@@ -116,9 +130,14 @@ class CompiledForward:
     def _release(self) -> None:
         """Lets go of the arenas, before others come: they are as large as the budget."""
         self._redraws = self.redraws
-        if self._ready is not None:
-            self._ready.release()
-        self._ready = None
+        ready, self._ready = self._ready, None
+        if ready is not None and (under_way := ready.release()):
+            warnings.warn(
+                f"{under_way} forward pass(es) with other shapes or settings still wait for their backward pass, in "
+                f"arenas of {bytes_text(ready.plan.arena_bytes)} beside the budget; call backward() before the model "
+                "is given other inputs",
+                stacklevel=6,
+            )
 
     def _show(self, planned: PlannedStep) -> None:
         self._ready = planned
@@ -140,7 +159,7 @@ class CompiledForward:
         same = tuple(next(i for i, other in enumerate(tensors) if other is one) for one in tensors)
         device = self.model_device().type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        modules = tuple(_settings(module) for module in self.model.modules())
+        modules = tuple(_settings(module, is_root=module is self.model) for module in self.model.modules())
         return inputs, same, str(structure), parameters, modules, autocast, global_hooks()
 
     def model_device(self) -> torch.device:
@@ -166,26 +185,45 @@ def _as_before(forward: CompiledForward) -> Iterator[None]:
 _KEPT_PLANS = 8
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
-#: What every module has of its own accord (parameters, hooks), and what `compile` adds.
-_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "plan"}
+#: What every module has of its own accord (parameters, hooks), and what `compile` adds to the model.
+_OWN = frozenset(nn.Module().__dict__) - {"training"}
+_ADDED = frozenset({"forward", "plan"})
 
 
-def _settings(module: nn.Module) -> tuple[Any, ...]:
+def _settings(module: nn.Module, *, is_root: bool = False, within: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """What a captured step takes for constant about a module: its class, attributes, and whether it has hooks."""
     held = module.__dict__
-    attributes = tuple((name, _constant(value)) for name, value in held.items() if name not in _OWN)
+    left_out = _OWN | _ADDED if is_root else _OWN
+    attributes = tuple((name, _constant(value, within)) for name, value in held.items() if name not in left_out)
     return _Same(module), type(module), attributes, tuple(len(held[name]) for name in _HOOKS)
 
 
-def _constant(value: Any) -> Any:
-    """Equal only for what a captured step takes for the same: plain values by type and value, others by identity."""
+def _constant(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """Equal only for what a captured step takes for the same: plain values by type and value, containers and objects
+    that hold settings also by what is in them, others by identity.
+    """
+    kind = type(value)
     if isinstance(value, _PLAIN):
-        return type(value), value
-    if type(value) in (list, tuple):
-        return type(value), tuple(map(_constant, value))
-    if type(value) is dict:
-        return tuple((_constant(key), _constant(one)) for key, one in value.items())
-    return type(value), _Same(value)
+        return kind, value
+    if id(value) in within:
+        return kind, _Same(value)
+    within = (*within, id(value))
+    if kind in (list, tuple):
+        return kind, tuple(_constant(one, within) for one in value)
+    if kind is dict:
+        return tuple((_constant(key, within), _constant(one, within)) for key, one in value.items())
+    if isinstance(value, SplitForward):
+        return kind, _Same(value), value.enabled, _Same(value.options)
+    if isinstance(value, nn.Module):  # in a container, and so not among the model's modules
+        return _settings(value, within=within)
+    content: tuple[Any, ...] = ()
+    if isinstance(value, dict):
+        content = tuple(value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        content = tuple(value)
+    elif isinstance(value, SimpleNamespace | Namespace) or (is_dataclass(value) and not isinstance(value, type)):
+        content = tuple(getattr(value, "__dict__", {}).items())
+    return kind, _Same(value), tuple(_constant(one, within) for one in content)
 
 
 class _Same:
@@ -291,6 +329,13 @@ def compile(
             raise ValueError(
                 f"module {path!r} ({type(module).__name__}) is already compiled; call uncompile_ on it first"
             )
+    for forward in _FORWARDS:
+        outer = forward.model
+        if compiled_forward_of(outer) is forward and any(module is model for module in outer.modules()):
+            raise ValueError(
+                f"this {type(model).__name__} is part of a compiled {type(outer).__name__}, whose step runs it; call "
+                "uncompile_ on that first"
+            )
     if not model.training:
         raise ValueError(f"this {type(model).__name__} is in evaluation mode; call train() before compile")
     if hasattr(model, "plan"):
@@ -301,7 +346,8 @@ def compile(
         costs = cost_model(costs)
     if not isinstance(costs, str | CostModel):
         raise TypeError(f"costs must be 'measured', a cost model or its name, got {type(costs).__name__}")
-    if link_gbps is not None and not (isinstance(link_gbps, int | float) and 0 < link_gbps < math.inf):
+    is_number = isinstance(link_gbps, int | float) and not isinstance(link_gbps, bool)
+    if link_gbps is not None and not (is_number and 0 < link_gbps < math.inf):
         raise ValueError(f"link_gbps must be a positive number, got {link_gbps!r}")
     if not isinstance(optimizer_bytes, int) or isinstance(optimizer_bytes, bool):
         raise TypeError(f"optimizer_bytes must be a whole number of bytes, got {optimizer_bytes!r}")
@@ -311,6 +357,9 @@ def compile(
         raise TypeError(f"execution must be ExecutorOptions or None, got {type(execution).__name__}")
     if not isinstance(in_flight, int) or isinstance(in_flight, bool) or in_flight < 1:
         raise ValueError(f"in_flight must be a whole number of at least 1, got {in_flight!r}")
+    for name, value in (("accumulate", accumulate), ("strict", strict), ("compress", compress)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     if compress and budget is None:
         raise ValueError("compress=True needs a budget: with budget=None nothing is offloaded")
     options = CompileOptions(
@@ -375,8 +424,12 @@ def compiled_forward_of(model: nn.Module) -> CompiledForward | None:
 def _bytes(name: str, value: int | str | None) -> int | None:
     if value is None:
         return None
+    size: Any = value
     try:
-        size = parse_bytes(value) if isinstance(value, str) else value
+        if isinstance(size, str):
+            size = parse_bytes(size)
+        elif not isinstance(size, bool) and (isinstance(size, Integral) or (isinstance(size, float) and size % 1 == 0)):
+            size = int(size)  # 16e9, or a number of NumPy's
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:

@@ -451,6 +451,13 @@ class DrawnSteps:
         """The executor for given boundaries, None where they do not fit the budget."""
         return self._executor(self._drawing.layout(draw))
 
+    def executors(self) -> list[StepExecutor]:
+        """Those that are kept ready; nothing is prepared any more."""
+        self._follow_fork()
+        self._pool.shutdown()
+        others = (one for one in self._ready.values() if one is not None and one is not self.even)
+        return [self.even, *others]
+
     def _guess(self, state: Tensor, stream: torch.cuda.Stream | None) -> None:
         generator = torch.Generator()
         generator.set_state(state)
@@ -470,7 +477,9 @@ class DrawnSteps:
                 self._lines.require(layout)
                 self._ready[draw] = self._make(draw)
                 if len(self._ready) > _KEPT:
-                    self._ready.popitem(last=False)
+                    _, gone = self._ready.popitem(last=False)
+                    if gone is not None and gone is not self.even:
+                        gone.retire()
             self._ready.move_to_end(draw)
             return self._ready[draw]
 

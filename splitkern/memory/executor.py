@@ -7,6 +7,7 @@ engines, so that everything here runs for real anywhere.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from splitkern import _core, _library
 from splitkern.memory.arenas import Arenas, current_stream
 from splitkern.memory.bound_calls import Bound, BoundCall, StandIns, tensor_of
-from splitkern.memory.capture import CapturedOperation, CapturedStep
+from splitkern.memory.capture import CapturedOperation, CapturedStep, share_memory
 from splitkern.memory.graphs import PieceGraphs
 from splitkern.memory.outside_tensors import OutsideTensors
 from splitkern.memory.report import bytes_text
@@ -110,16 +111,20 @@ class StepExecutor:
         self.taken = {} if self.options.cuda_graphs else self.layout.taken
         self._views = self._bind_views()
         self._instances = self._bind_instances()
+        # Results whose gradients were given, and the instances that get none.
         self._given = frozenset[int]()
+        self._zeros_at = frozenset[int]()
         self._stream = current_stream(step.device)
+        self._process = os.getpid()
         self._pipeline = self._make_pipeline()
         self._graphs = PieceGraphs(plan, self._run_call, step.device) if self.options.cuda_graphs else None
         # Reentrant: while it is held the garbage collector may end the very step that is being given up.
         self._lock = threading.RLock()
         self._busy = threading.Lock()
         self._next_part: int | None = None
+        self._is_retired = False
         self._number = 0
-        self._versions: dict[str, tuple[Tensor, int]] = {}
+        self._versions: dict[str, tuple[Tensor, int, int]] = {}
 
     @property
     def parts(self) -> list[BackwardPart]:
@@ -185,6 +190,8 @@ class StepExecutor:
 
     def _follow_stream(self) -> None:
         """Moves to the caller's stream: the arenas, which executors may share, and then the pipeline."""
+        if self._process != os.getpid():  # a forked process has none of the threads that copy
+            self._process, self._pipeline = os.getpid(), self._make_pipeline()
         stream = current_stream(self.step.device)
         self.arenas.follow(stream)
         if stream != self._stream:
@@ -264,12 +271,19 @@ class StepExecutor:
         except BaseException:
             self._abort()
             raise
-        late = ((name, self._outside.bound(storage)) for name, storage in self.layout.late)
-        self._versions = {name: (value, value._version) for name, value in late}
+        late = ((name, self._outside.bound(storage), last) for name, storage, last in self.layout.late)
+        self._versions = {name: (value, value._version, last) for name, value, last in late}
         self._next_part = 0
         return [outputs[position] for position in range(len(outputs))]
 
     def _bind_given(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> None:
+        for number in self.layout.changed_inputs:
+            for other, value in enumerate(inputs):
+                if other != number and share_memory(inputs[number], value):
+                    raise ValueError(
+                        f"input.{number}, which the step changes in place, shares memory with input.{other}; give each "
+                        "memory of its own (clone)"
+                    )
         for name, place in self.step.parameters.items():
             if self._outside.bind_parameter(place, parameters[name]) and self._graphs is not None:
                 self._graphs.clear()
@@ -303,8 +317,9 @@ class StepExecutor:
     def _backward_part(self, part: int, grad_outputs: Sequence[Tensor | None]) -> dict[str, Tensor]:
         if part != self._next_part:
             raise RuntimeError(f"part {part} of the backward pass comes out of turn: the next is {self._next_part}")
-        for name, (value, version) in self._versions.items():
-            if value._version != version:
+        begin = self.layout.parts[part].begin
+        for name, (value, version, last) in self._versions.items():
+            if last >= begin and value._version != version:
                 raise RuntimeError(
                     f"{name} was changed in place between the forward and the backward pass, which needs it as it was"
                 )
@@ -313,6 +328,7 @@ class StepExecutor:
         try:
             if part == 0:
                 self._given = frozenset(i for i, gradient in enumerate(grad_outputs) if gradient is not None)
+                self._zeros_at = self._without_gradient()
             for number, gradient in enumerate(grad_outputs):
                 place = self.step.inputs[f"grad_output.{number}"]
                 self._outside.bind(place, self._zeros(place) if gradient is None else gradient.detach())
@@ -361,6 +377,20 @@ class StepExecutor:
             if self._next_part is not None and number == self._number:
                 self._abort()
 
+    def retire(self) -> None:
+        """Lets go of the arenas, at once or when the step under way ends. There is no forward pass after that; who
+        holds a result of the last one holds this executor, but no longer its arenas.
+        """
+        with self._lock:
+            self._is_retired = True
+            if self._next_part is None and not self._busy.locked():
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._pipeline = self._graphs = None
+        self._views, self._instances = [], []
+        self.__dict__.pop("arenas", None)
+
     def _abort(self) -> None:
         if self._pipeline is not None:
             self._pipeline.abort()
@@ -370,6 +400,8 @@ class StepExecutor:
         self._outside.release()
         self._versions = {}
         self._next_part = None
+        if self._is_retired:
+            self._let_go()
 
     def _run(self, begin: int, end: int) -> None:
         with ExitStack() as held:
@@ -385,7 +417,8 @@ class StepExecutor:
             for first, last in self._graphs.pieces(begin, end):
                 for number in range(first, last):
                     self._begin_instance(number)
-                self._graphs.run_piece(first, last)
+                zeros_at = frozenset(one for one in self._zeros_at if first <= one < last)
+                self._graphs.run_piece(first, last, zeros_at)
 
     def _begin_instance(self, number: int) -> None:
         """Passes the boundary before an instance, and makes memory for gradients that it is the first to write."""
@@ -396,6 +429,8 @@ class StepExecutor:
                 self._outside.make(storage)
 
     def _run_call(self, number: int) -> None:
+        if number in self._zeros_at:
+            return self._run_to_zero(number)
         try:
             if self.observer is None:
                 returned = self._instances[number].run()
@@ -413,6 +448,24 @@ class StepExecutor:
             ) from error
         if number in self.taken:
             self._outside.take(self.taken[number], returned)
+
+    def _without_gradient(self) -> frozenset[int]:
+        """Instances of the backward pass whose results depend on no gradient that was given, and so are zero. They do
+        not run: some of what they read may be infinite, which times zero is not zero.
+        """
+        if len(self._given) == len(self.step.differentiable):
+            return frozenset()
+        return frozenset(
+            number for number, causes in enumerate(self.layout.causes_of) if causes and not causes & self._given
+        )
+
+    def _run_to_zero(self, number: int) -> None:
+        operation = self.step.operations[self.layout.operations[number]]
+        for storage in self.layout.made_at.get(number, ()) if number in self.taken else ():
+            self._outside.make(storage)
+        for position, view in enumerate(self.layout.writes[number]):
+            if position not in operation.mutates and not self.layout.accumulates[number]:
+                tensor_of(self._views[view]).zero_()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -92,10 +92,10 @@ class PieceGraphs:
     def __init__(self, plan: _core.Plan, run: Callable[[int], None], device: torch.device) -> None:
         self._run, self._device = run, device
         self._active = [bool(one.waits or one.issues) for one in plan.boundaries]
-        self._graphs: dict[tuple[int, int], Replay] = {}
+        self._graphs: dict[tuple[int, int, frozenset[int]], Replay] = {}
         # One for all pieces: what their operations allocate is there once, as without graphs.
         self._pool: Any = None
-        self._warm: dict[tuple[int, int], int] = {}
+        self._warm: dict[tuple[int, int, frozenset[int]], int] = {}
 
     def clear(self) -> None:
         """Forgets all graphs: what they point to has moved."""
@@ -107,9 +107,14 @@ class PieceGraphs:
         cuts = [number for number in range(begin + 1, end) if self._active[number]]
         return [(first, last) for first, last in zip([begin, *cuts], [*cuts, end], strict=True) if first < last]
 
-    def run_piece(self, begin: int, end: int) -> None:
-        """Runs the instances of a piece, whose first boundary has been passed."""
-        piece = begin, end
+    def run_piece(self, begin: int, end: int, zeros_at: frozenset[int] = frozenset()) -> None:
+        """Runs the instances of a piece, whose first boundary has been passed.
+
+        Args:
+            begin, end: of the piece.
+            zeros_at: instances of it that give zeros without running, by which graphs differ.
+        """
+        piece = begin, end, zeros_at
         replay = self._graphs.get(piece)
         if replay is None:
             if self._warm.get(piece, 0) < self.WARM_UPS:

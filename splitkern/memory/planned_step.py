@@ -222,9 +222,18 @@ class PlannedStep:
             self.executors = [self.draws.even]
             self._drawn = self.draws.even
 
-    def release(self) -> None:
-        """Lets go of the executors and their arenas; a step under way keeps its own."""
+    def release(self) -> int:
+        """Lets go of the executors and their arenas; a step under way keeps its own.
+
+        Returns:
+            How many steps are under way.
+        """
+        executors = self.executors if self.draws is None else self.draws.executors()
+        under_way = sum(one.next_part is not None for one in executors)
+        for one in executors:
+            one.retire()
         self.executors, self.draws, self._drawn = [], None, None
+        return under_way
 
     @property
     def compression(self) -> CompressionReport:

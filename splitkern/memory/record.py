@@ -303,10 +303,13 @@ class Recorder(TorchDispatchMode):
 def _corrected(func: Any, args: tuple[Any, ...], result: Any) -> Any:
     """What the operator really returns, where the fake one's types are wrong.
 
-    The CPU's batch norm keeps the statistics of bfloat16 images in the type of its fp32 weight, not in theirs.
+    The CPU's norms keep the statistics of bfloat16 images in the type of their fp32 weight, not in the images'.
     """
     if func is aten.native_batch_norm.default and args[5] and args[1] is not None and args[1].dtype != args[0].dtype:
         return (result[0], *(statistics.to(args[1].dtype) for statistics in result[1:]))
+    place = {aten.native_group_norm.default: 1, aten.native_layer_norm.default: 2}.get(func)
+    if place is not None and args[0].device.type == "cpu" and args[place] is not None:
+        return (result[0], *(statistics.to(args[place].dtype) for statistics in result[1:]))
     if func is aten.cudnn_batch_norm.default and args[5]:
         # What cuDNN keeps for the backward pass; the fake operator says nothing.
         reserve_bytes = torch._C._get_cudnn_batch_norm_reserve_space_size(args[0], True)  # type: ignore[attr-defined]

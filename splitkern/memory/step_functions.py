@@ -6,11 +6,12 @@ of the forward pass runs in the function that autograd enters last, and leaves f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from splitkern.memory.executor import StepExecutor
 
@@ -28,6 +29,14 @@ def _require_first_order() -> None:
         )
 
 
+def _require_no_tangents(tensors: Iterable[Tensor]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    values = (value for value in tensors if value.is_floating_point())
+    if any(forward_ad.unpack_dual(value).tangent is not None for value in values):  # type: ignore[no-untyped-call]
+        raise RuntimeError("a compiled model has no forward-mode derivatives; uncompile_ lifts it")
+
+
 class _Ticket:
     """Held by the functions of one step: with the last of them goes what the step holds."""
 
@@ -41,7 +50,8 @@ class _Ticket:
             raise RuntimeError(_GONE.format(kept=kept))
 
     def __del__(self) -> None:
-        self.executor.give_up(self.number)
+        if hasattr(self, "kept"):  # not where Dynamo made it without `__init__`
+            self.executor.give_up(self.number)
 
 
 def run_step(
@@ -65,6 +75,7 @@ def run_step(
         What the model returns.
     """
     named = {**parameters, **{f"input.{number}": value for number, value in enumerate(inputs)}}
+    _require_no_tangents(named.values())
     ticket = _Ticket(executor, kept)
     token = torch.empty(0, device=executor.step.device)
     for part in reversed(range(1, len(executor.parts))):

@@ -47,13 +47,15 @@ class StepLayout:
         made: all of these.
         taken: by instance, the gradients outside the arena, as places, that its call may return.
         begin_of_backward: the first instance that needs a gradient that the step is given, or is of the backward pass.
-        late: parameters and inputs, by name and storage, whose values backward needs as forward left them.
+        late: parameters, inputs and constants, by name, storage and the last instance that reads them, whose values
+            backward needs as forward left them.
         changed_inputs: numbers of the inputs that the forward part writes.
         outputs: by the instance of the forward part that writes it last, after which it may leave: what the model
             returns, as position in its results and in `views`.
         parts: of the backward pass, in order.
         gradients: by name, positions in `views`.
         causes: for every gradient, the results whose gradients it is computed from.
+        causes_of: the same by instance; none for those that are computed from no gradient.
 
     Args:
         step: captured with ``given_gradients=True``.
@@ -108,7 +110,7 @@ class StepLayout:
             self.outputs.setdefault(last, []).append((position, views((place,), last)[0]))
         self.views = list(numbered)
         self.parts = self._divide_backward()
-        self.causes = self._find_causes()
+        self.causes, self.causes_of = self._find_causes()
 
     def storage_of(self, place: int) -> int:
         """The planned storage of a tensor."""
@@ -153,14 +155,18 @@ class StepLayout:
             len(self._ran),
         )
 
-    def _read_in_backward(self) -> list[tuple[str, int]]:
+    def _read_in_backward(self) -> list[tuple[str, int, int]]:
         step = self._step
         late = {
-            step.tensors[read].storage for operation in self._ran[self.begin_of_backward :] for read in operation.reads
+            step.tensors[read].storage: number
+            for number, operation in enumerate(self._ran)
+            if number >= self.begin_of_backward
+            for read in operation.reads
         }
+        constants = ((step.tensors[place].name, place) for place in step.constants)
         return [
-            (name, self.storage_of(place))
-            for name, place in (*step.parameters.items(), *step.inputs.items())
+            (name, self.storage_of(place), late[step.tensors[place].storage])
+            for name, place in (*step.parameters.items(), *step.inputs.items(), *constants)
             if step.tensors[place].storage in late and not name.startswith("grad_output.")
         ]
 
@@ -214,14 +220,17 @@ class StepLayout:
             begin, names = last_part.begin, list(last_part.gradients)
         return [*parts, BackwardPart(begin, len(self._ran), tuple(names))]
 
-    def _find_causes(self) -> dict[str, set[int]]:
+    def _find_causes(self) -> tuple[dict[str, set[int]], list[frozenset[int]]]:
         step = self._step
         causes: dict[int, set[int]] = {}
         for name, place in step.inputs.items():
             if name.startswith("grad_output."):
                 causes[step.tensors[place].storage] = {int(name.removeprefix("grad_output."))}
+        of_operations: list[frozenset[int]] = []
         for operation in step.operations:
             found = set[int]().union(*(causes.get(step.tensors[read].storage, ()) for read in operation.reads))
+            of_operations.append(frozenset(found))
             for write in operation.writes if found else ():
                 causes.setdefault(step.tensors[write].storage, set()).update(found)
-        return {name: causes.get(step.tensors[place].storage, set()) for name, place in step.gradients.items()}
+        of_gradients = {name: causes.get(step.tensors[place].storage, set()) for name, place in step.gradients.items()}
+        return of_gradients, [of_operations[operation] for operation in self.operations]

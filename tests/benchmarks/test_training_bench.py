@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,12 @@ def measured(name: str, batch: int, budget: int = 1 << 30) -> int:
     return bytes_.peak_bytes
 
 
-def bench_of(names: list[str], budget: int, record: Record | None = None) -> TrainingBench:
+def bench_of(names: list[str], budget: int, record: Record | None = None, device: str = "cpu") -> TrainingBench:
     torch.manual_seed(0)
     chosen = {name: KNOWN[name] for name in names}
     header = {"benchmark": "training", "options": {}, "commit": None, "title": case_of(budget).text}
     record = record or Record({**header, "machine": {"device": "cpu", "processor": "one", "threads": 1, "torch": "2"}})
-    return TrainingBench(case_of(budget), chosen, record, network=Tiny())
+    return TrainingBench(replace(case_of(budget), device=device), chosen, record, network=Tiny())
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
@@ -207,6 +209,52 @@ def test_a_plan_that_takes_more_than_its_budget_is_made_for_less(monkeypatch: py
     assert given == [budget, budget - 3000]
     assert ready.spare_bytes == 3000
     assert ready.peak_bytes <= budget
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:2", 2)])
+def test_the_cap_of_a_gpu_is_of_a_numbered_device(device: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch caps no device without a number, so that `--device cuda` failed in its first trial."""
+    gpu, warmed, capped = torch.device("cuda", index), list[torch.device](), list[tuple[float, torch.device]]()
+    monkeypatch.setattr(training, "_warm_up", warmed.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200 if device == gpu else 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1200))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given))
+    bench = bench_of([PLAIN], 1 << 30, device=device)
+    assert warmed == [gpu]
+    assert training._held_bytes(bench._device) == 200
+    with pytest.raises(MemoryError), training._capped(bench._device, 300):
+        assert capped == [(0.25, gpu)]
+        raise MemoryError
+    assert capped[1:] == [(1.0, gpu)]
+
+
+def test_a_step_is_made_before_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measures for a plan takes memory beside the budget: under the cap it had none."""
+    events: list[object] = []
+    make, run = TrainingStep.__init__, TrainingStep.__call__
+
+    @contextmanager
+    def cap(device: torch.device, allowed_bytes: int) -> Iterator[None]:
+        events.append(allowed_bytes)
+        yield
+        events.append("end")
+
+    def made(self: TrainingStep, *args: Any) -> None:
+        events.append("made")
+        make(self, *args)
+
+    def ran(self: TrainingStep) -> None:
+        events.append("ran")
+        run(self)
+
+    monkeypatch.setattr(training, "_capped", cap)
+    monkeypatch.setattr(training, "_held_bytes", lambda device: 500)
+    monkeypatch.setattr(TrainingStep, "__init__", made)
+    monkeypatch.setattr(TrainingStep, "__call__", ran)
+    bench_of([PLAIN], 1 << 30)._prepare(KNOWN[PLAIN], 2)
+    assert events == ["made", (1 << 30) + 500, "ran", "ran", "end"]
 
 
 def test_a_peer_that_fails_says_why_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import splitkern as sk
 from splitkern.memory.capture import CapturedStep, CaptureError, capture
 from splitkern.memory.interpret import interpret
+from splitkern.memory.record import Recorder, Write
 from tests.memory.graph_rules import require_valid
 from tests.split.models import ResNet, vgg
 
@@ -406,6 +408,62 @@ def test_gradients_read_only_what_they_need() -> None:
     assert step.storages[values.storage].size_bytes == 4 * 2 * 4 * 7 * 7
 
 
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(16)], ids=lambda pool: type(pool).__name__)
+def test_gradients_of_poolings_are_laid_out_as_their_memory(pool: nn.Module) -> None:
+    """On CUDA they take their layout from the images, which are gone: the one element in their place gave another."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), pool, nn.Flatten(), nn.LazyLinear(5))
+    model(_images(16))
+    step = capture(model, _images(16), loss=F.cross_entropy, targets=LABELS, device_type="cuda")
+    (gradient,) = (o for o in step.operations if o.is_backward and "pool2d" in o.target)
+    assert gradient.out_call is not None
+    assert gradient.out_call.args[1] == gradient.out_call.kwargs["grad_input"] == Write(0)
+
+
+def test_what_cudnn_keeps_for_the_backward_pass_has_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake operator returns an empty reserve, for which no memory was planned."""
+    device = torch.device("cuda", 0)
+    asked: list[tuple[torch.Size, bool]] = []
+
+    def reserve_bytes(images: Tensor, training: bool) -> int:
+        asked.append((images.shape, training))
+        return 96
+
+    monkeypatch.setattr(torch._C, "_get_cudnn_batch_norm_reserve_space_size", reserve_bytes, raising=False)
+    fake_mode = FakeTensorMode(static_shapes=True)
+    recorder = Recorder(fake_mode, device)
+    with fake_mode:
+        images, *vectors = (torch.empty(shape, device=device) for shape in ((2, 4, 8, 8), *[(4,)] * 4))
+    for number, tensor in enumerate((images, *vectors)):
+        recorder.declare(tensor, "input", f"input.{number}")
+    for is_training, size_bytes in ((True, 96), (False, 0)):
+        with fake_mode, recorder:
+            torch.ops.aten.cudnn_batch_norm(images, *vectors, is_training, 0.1, 1e-5)
+        assert recorder.storages[recorder.operations[-1].writes[-1].storage].size_bytes == size_bytes
+    assert asked == [(images.shape, True)]
+
+
+class _Noting(torch.autograd.Function):
+    """Notes whether autograd may run the backward pass on threads of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, noted: list[bool]) -> Tensor:
+        ctx.noted = noted
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.noted.append(torch._C._is_multithreading_enabled())
+        return grad, None
+
+
+def test_the_backward_pass_is_captured_on_this_thread() -> None:
+    """Autograd has a thread of its own for a GPU, which knows nothing of what the region tells this one."""
+    noted: list[bool] = []
+    model = _Around(lambda _, x: _Noting.apply(x, noted))  # type: ignore[no-untyped-call]
+    capture(model, _images(8), loss=F.cross_entropy, targets=LABELS)
+    assert noted == [False] and torch._C._is_multithreading_enabled()
+
+
 def test_flop_and_bytes() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 6, (3, 5), stride=2, groups=2, bias=False), nn.Flatten(), nn.Linear(6 * 7 * 6, 5)
@@ -526,6 +584,41 @@ def test_refused_and_the_model_stays_usable(action: Callable[..., Tensor], text:
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert not hasattr(model.odd, "last_input")
     F.cross_entropy(model(images), LABELS).backward()
+
+
+@pytest.mark.parametrize(
+    ("action", "operator"),
+    [
+        (lambda _, x: x.to("cuda:0").to("cpu"), r"aten\._to_copy\.default"),
+        (lambda _, x: x + torch.ones(4, 1, 1, device="cuda:0").to("cpu"), r"aten\.ones\.default"),
+    ],
+    ids=["moved", "made"],
+)
+def test_a_tensor_on_another_device_is_refused(action: Callable[..., Tensor], operator: str) -> None:
+    """A plan has one device: the memory of such a tensor was planned on that of the step."""
+    text = rf"{operator} in module 'odd' \(Odd\) \(forward\): {operator} makes a tensor on cuda:0; .* here cpu"
+    with pytest.raises(CaptureError, match=text):
+        capture(_Around(action), _images(8), loss=F.cross_entropy, targets=LABELS)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda y: y.mean().to("cuda:0"), lambda y: (y, y.detach().mean().to("cuda:0"))],
+    ids=["differentiable", "beside"],
+)
+def test_a_scalar_returned_on_another_device_is_refused(output: Callable[[Tensor], Any]) -> None:
+    """Scalars may come from elsewhere, but what is returned lies in the step's memory, so on its device."""
+
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return output(self.conv(x))
+
+    with pytest.raises(CaptureError, match="the model returns a tensor on cuda:0; its step lies on cpu"):
+        capture(Returning(), _images(8), given_gradients=True)
 
 
 def test_hooks_are_refused() -> None:

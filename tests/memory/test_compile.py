@@ -11,14 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 import splitkern as sk
 from splitkern import _core
-from splitkern.memory import planned_step
-from splitkern.memory.capture import CapturedStep
+from splitkern.memory import arenas, planned_step
+from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.compile import BudgetError, _Same, compile, compiled_forward_of, uncompile_
 from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from tests.memory import models
@@ -302,6 +303,35 @@ def test_plans_are_kept_and_arenas_are_not() -> None:
     assert plans[0] is plans[2] is plans[4] and plans[1] is plans[3] is not plans[0]
 
 
+def test_a_loss_that_is_kept_keeps_no_arena() -> None:
+    """A loop's last loss is alive while the next batch, which may be smaller, is planned: two arenas were there."""
+    model = compile(small(), IMAGES, budget=None, costs="paper")
+    forward = compiled_forward_of(model)
+    assert forward is not None
+    loss = model(IMAGES).sum()
+    loss.backward()
+    (executor,) = forward.planned((IMAGES,)).executors
+    gone = weakref.ref(executor.arenas.device)
+    other = model(IMAGES[:2]).sum()
+    assert gone() is None
+    with pytest.warns(UserWarning, match=r"1 forward pass\(es\) with other shapes .* wait for their backward pass"):
+        last = model(IMAGES).sum()
+    for one in (last, other):
+        one.backward()
+    expected = small()
+    for images in (IMAGES, IMAGES[:2], IMAGES):
+        expected(images).sum().backward()
+    for one, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None and wanted.grad is not None
+        torch.testing.assert_close(one.grad, wanted.grad)  # the sum of three, in another order
+
+
+@pytest.mark.parametrize("budget", [16e9, numpy.int64(16 * 10**9), "16GB"])
+def test_a_budget_may_be_any_whole_number(budget: Any) -> None:
+    model = compile(small(), IMAGES, budget=budget, costs="paper", link_gbps=1)
+    assert model.forward.options.budget == 16 * 10**9
+
+
 def test_what_takes_the_place_of_an_object_is_another_one() -> None:
     class Thing:
         pass
@@ -469,6 +499,12 @@ def test_an_error_in_the_middle_leaves_the_model_usable(monkeypatch: pytest.Monk
         ({"budget": None, "optimizer_bytes": 1.5}, TypeError, "optimizer_bytes"),
         ({"budget": None, "in_flight": True}, ValueError, "in_flight"),
         ({"budget": None, "execution": 5}, TypeError, "execution"),
+        ({"budget": True}, ValueError, "budget must be a number of bytes"),
+        ({"budget": 1.5}, ValueError, "budget must be a number of bytes"),
+        ({"budget": None, "link_gbps": True}, ValueError, "link_gbps"),
+        ({"budget": None, "accumulate": "no"}, TypeError, "accumulate must be True or False, got 'no'"),
+        ({"budget": None, "strict": "no"}, TypeError, "strict must be True or False"),
+        ({"budget": "1GiB", "compress": 1}, TypeError, "compress must be True or False"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -500,3 +536,29 @@ def test_models_that_cannot_be_compiled() -> None:
     with pytest.raises(ValueError, match="hooks"):
         compile(hooked, IMAGES, budget=None, costs="paper")
     assert "forward" not in hooked.__dict__
+
+
+def test_a_scalar_of_the_cpu_takes_part_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in eager execution, but the executor refused it for its device. Meta memory stands for a GPU's."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(3, 4), torch.tensor(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x) * self.scale
+            return y
+
+    def reserve(size_bytes: int, device: torch.device, *, pinned: bool = False) -> tuple[None, Tensor]:
+        return None, torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr(arenas, "_reserve", reserve)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    model, x = Scaled().to("meta"), torch.empty(2, 3, device="meta")
+    step = capture(model, x, given_gradients=True)
+    assert [value.device.type for value in step.constants.values()] == ["cpu"]
+    graph = _core.Graph.from_json(step.graph_json())
+    executor = StepExecutor(step, graph, _core.plan(graph, _core.Limits(), strategy="none"))
+    (output,) = executor.forward(dict(model.named_parameters()), [x])
+    assert output.device == x.device and output.shape == (2, 4)

@@ -5,6 +5,7 @@ next step is right.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 import weakref
@@ -217,6 +218,29 @@ def test_uncompiled_in_the_middle_of_a_step() -> None:
     for one in (loss, wanted):
         one.backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_forked_process_has_no_threads_that_copy() -> None:
+    """It hung for ever when it let go of the model, or just ended."""
+    model, _ = compiled()
+    with torch.no_grad():
+        expected = [buffer.clone() for buffer in model.buffers()]
+    gc.collect()  # what a forked process must not: models of other tests
+    gc.disable()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            torch.set_num_threads(1)  # OpenMP's threads are the parent's
+            assert torch.isfinite(model(IMAGES)).all()
+            uncompile_(model)
+            os._exit(0)
+        finally:
+            os._exit(4)
+    gc.enable()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert all(torch.equal(one, other) for one, other in zip(model.buffers(), expected, strict=True))
+    require_usable(model)
 
 
 def test_one_thread_at_a_time() -> None:

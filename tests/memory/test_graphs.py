@@ -14,9 +14,10 @@ from torch import nn
 from splitkern.memory import graphs, planned_step
 from splitkern.memory.bound_calls import BoundCall, tensor_of
 from splitkern.memory.compile import compile, compiled_forward_of
-from splitkern.memory.executor import ExecutorOptions
+from splitkern.memory.executor import ExecutorOptions, StepExecutor
 from tests.memory.compiled_models import (
     IMAGES,
+    Entropy,
     budget_of,
     require_equal,
     small,
@@ -56,12 +57,15 @@ class Recorded:
 
             calls.append(again)
 
-        real = BoundCall.run
-        BoundCall.run = note  # type: ignore[method-assign]
+        def note_zeros(executor: StepExecutor, number: int) -> None:
+            calls.append(lambda: real_zeros(executor, number))
+
+        real, real_zeros = BoundCall.run, StepExecutor._run_to_zero
+        BoundCall.run, StepExecutor._run_to_zero = note, note_zeros  # type: ignore[method-assign,assignment]
         try:
             run()
         finally:
-            BoundCall.run = real  # type: ignore[method-assign]
+            BoundCall.run, StepExecutor._run_to_zero = real, real_zeros  # type: ignore[method-assign]
         self.captures.append(len(calls))
 
         def replay() -> None:
@@ -203,3 +207,16 @@ def test_graphs_on_a_gpu(share: float) -> None:
     for one, how in ((reference, execution), (model, GRAPHED)):
         compile(one, images, budget=None if share == 1 else budget, costs="paper", link_gbps=1, execution=how)
     require_equal(train(model, images, steps=6), train(reference, images, steps=6))
+
+
+def test_a_result_that_the_loss_leaves_out_is_another_graph(recorded: Recorded) -> None:
+    eager, model = Entropy(), compile(Entropy(), IMAGES, budget=None, costs="paper", execution=GRAPHED)
+    for used in ((0,), (0,), (0, 1), (0,), (0, 1), (0, 1), (0,)):
+        for one in (eager, model):
+            one.zero_grad()
+            outputs = one(IMAGES)
+            torch.cat([outputs[i].flatten() for i in used]).square().sum().backward()
+        for one, other in zip(model.parameters(), eager.parameters(), strict=True):
+            assert one.grad is not None and other.grad is not None
+            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+    assert recorded.replays

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from torch import nn
 
 import splitkern as sk
 from splitkern import _library
+from splitkern.benchmarks import gpu_timing
 from splitkern.benchmarks.gpu_timing import Sample
+from splitkern.memory import profile as profiles
+from splitkern.memory.allocated_bytes import AllocatedBytes
 from splitkern.memory.capture import CapturedStep, capture
 from splitkern.memory.profile import (
     DurationCache,
@@ -121,6 +125,40 @@ def test_an_operation_that_fails_is_named(step: CapturedStep) -> None:
     broken = dataclasses.replace(step, tensors=tuple(tensors))
     with pytest.raises(RuntimeError, match=r"\(conv2d\) of module 0 cannot be measured on cpu: "):
         measure_step(broken, timer=CountingTimer(), budget_ms=0.0)
+
+
+def test_a_gpu_is_current_while_it_is_measured(step: CapturedStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer's events are of the current device: of another one they told nothing of the step's."""
+    gpu, current, seen = torch.device("cuda", 1), [torch.device("cuda", 0)], set[torch.device]()
+    run = CapturedStep.runnable
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class NotingTimer(CountingTimer):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            seen.add(current[-1])
+
+        def sample(self, call: Callable[[], Any], host_us: float) -> Sample:
+            seen.add(current[-1])
+            return super().sample(call, host_us)
+
+    def on_the_cpu(self: CapturedStep, index: int, device: torch.device) -> Callable[[], None]:
+        assert device == gpu
+        return run(self, index, CPU)
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(gpu_timing, "DeviceTimer", NotingTimer)
+    monkeypatch.setattr(CapturedStep, "runnable", on_the_cpu)
+    monkeypatch.setattr(profiles, "AllocatedBytes", lambda device: AllocatedBytes(CPU))
+    monkeypatch.setattr(profiles, "device_text", str)
+    monkeypatch.setattr(profiles, "_random_state_kept", lambda device: nullcontext())
+    profile = measure_step(step, device=gpu, budget_ms=0.0)
+    assert profile.measured > 0 and seen == {gpu} and current == [torch.device("cuda", 0)]
 
 
 def entry(cache: DurationCache) -> Path:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import splitkern as sk
 from splitkern import _core
@@ -212,6 +213,39 @@ def test_no_number_of_any_draw_is_larger(name: str) -> None:
     numbers = [family.numbers(draw) for draw in (*draws, *drawing.samples(20))]
     assert all((one <= bounds).all() for one in numbers)
     assert (max(one.sum() for one in numbers) < bounds.sum()) and (bounds > family.numbers(family.origin)).any()
+
+
+class OnGpu(Tensor):
+    """A tensor of the CPU that says that it lies on a GPU, until it is copied from there."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGpu:
+        device = torch.device("cuda", 0)
+        made: OnGpu = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=device)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(OnGpu, lambda tensor: tensor.held, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        return result if func is torch.ops.aten._to_copy.default else tree_map_only(Tensor, OnGpu, result)
+
+    def tolist(self) -> list[Any]:
+        return self.held.tolist()
+
+
+def test_pixel_counts_on_a_gpu_are_numbers_of_the_step() -> None:
+    """They were taken for values that all draws share, so that every draw was another step and none was planned."""
+    base = family_of("resnet").base
+    assert base.constants
+    away = {place: OnGpu(value) for place, value in base.constants.items()}
+    assert not any(value.is_cpu for value in away.values())
+    assert numbers_of(replace(base, constants=away)) == numbers_of(base)
 
 
 def test_a_step_that_is_no_such_function_is_refused() -> None:
