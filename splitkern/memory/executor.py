@@ -195,6 +195,8 @@ class StepExecutor:
         stream = current_stream(self.step.device)
         self.arenas.follow(stream)
         if stream != self._stream:
+            if stream is not None:
+                self._outside.follow(stream)
             self._stream = stream
             self._pipeline = self._make_pipeline()
 

@@ -121,6 +121,11 @@ class OutsideTensors:
         """Whether it keeps its memory from step to step."""
         return storage in self._static
 
+    def follow(self, stream: torch.cuda.Stream) -> None:
+        """Has PyTorch's allocator keep what stays until another stream, too, has passed it."""
+        for storage in self._static:
+            self._bound[storage].record_stream(stream)
+
     def unbind(self, storages: Iterable[int]) -> None:
         """Lets go of what is bound to these, but for what stays."""
         for storage in storages:
