@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernel_checks.comparisons import Operators
+from tests.kernel_checks.comparisons import Operators, without_onednn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,11 +56,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def yardstick() -> Iterator[None]:
-    """PyTorch's own result in the same type, which bounds the error, comes from ATen and not from oneDNN.
-
-    oneDNN (in torch 2.11, on one machine of several) once gave NaN for a bf16 convolution of 3 channels per group.
-    """
-    with torch.backends.mkldnn.flags(enabled=False):
+    """PyTorch's own result in the same type, which bounds the error."""
+    with without_onednn():
         yield
 
 
