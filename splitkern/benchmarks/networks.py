@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from splitkern.memory.capture import CapturedStep
 
 CLASS_COUNT = 1000
+_MAP_NORESERVE = 0x4000  # Source: Linux, include/uapi/asm-generic/mman-common.h; Python's mmap lacks it before 3.13
 DTYPES = ("fp32", "bf16")
 
 
@@ -95,7 +97,7 @@ def capture_network(options: NetworkOptions) -> CapturedStep:
     model = build_model(options.model, class_count=CLASS_COUNT, device=options.device)
     model.to(memory_format=memory_format)  # type: ignore[call-overload]
     size = options.image_size
-    images = torch.empty(options.batch, 3, size, size, device=options.device, memory_format=memory_format)
+    images = _blank_images(options.batch, size, options.device, memory_format)
     classes = torch.zeros(options.batch, dtype=torch.int64, device=options.device)
     if options.is_split:
         has_norm = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
@@ -108,3 +110,20 @@ def capture_network(options: NetworkOptions) -> CapturedStep:
         return capture(
             model, images, loss=cross_entropy, targets=classes, device_type=options.device_type, name=options.text
         )
+
+
+def _blank_images(batch: int, size: int, device: str, memory_format: torch.memory_format) -> torch.Tensor:
+    """Images that take no memory on the CPU, so that a batch can be planned that only another machine holds."""
+    if torch.device(device).type != "cpu":
+        return torch.empty(batch, 3, size, size, device=device, memory_format=memory_format)
+    size_bytes = batch * 3 * size * size * torch.float32.itemsize
+    try:
+        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except (OSError, OverflowError, ValueError):
+        raise ValueError(
+            f"a batch of {batch} images of {size}x{size} pixels is {size_bytes} bytes, more than can be addressed here"
+        ) from None
+    flat = torch.frombuffer(memory, dtype=torch.float32)
+    if memory_format == torch.channels_last:
+        return flat.view(batch, size, size, 3).permute(0, 3, 1, 2)
+    return flat.view(batch, 3, size, size)

@@ -1,4 +1,4 @@
-"""The JSON file of a kernel benchmark: written after every row, by renaming, so that a run can be cut off and resumed.
+"""The JSON file of a benchmark: written after every row, by renaming, so that a run can be cut off and resumed.
 
 A row is written as "started" before it runs. One that is still so when a run resumes took the process with it (a
 hang, a lost device): it is kept as "lost" and not tried again.
@@ -6,9 +6,12 @@ hang, a lost device): it is kept as "lost" and not tried again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,66 @@ class RecordError(ValueError):
     """A file that cannot be resumed or written, with the reason."""
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place once it is whole; nothing stays of one that is not.
+
+    Args:
+        path: its folder is made. Through a link, the file behind it is replaced; a pipe or a device is written itself.
+
+    Raises:
+        OSError: where there can be no such file.
+    """
+    if _is_stream(path):
+        yield path
+        return
+    target, temporary = _beside(path)
+    try:
+        yield temporary
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where `replacing` could not write; leaves no file behind."""
+    if not _is_stream(path):
+        _, temporary = _beside(path)
+        temporary.touch()
+        temporary.unlink()
+
+
+def _is_stream(path: Path) -> bool:
+    # What the shell redirects to may be a file: its place must not be taken, as the shell goes on writing the old one.
+    return str(path).startswith(("/dev/std", "/dev/fd/", "/proc/")) or (
+        path.exists() and not path.is_file() and not path.is_dir()
+    )
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    target = Path(os.path.realpath(path))
+    problem = None
+    if target.is_dir():
+        problem = errno.EISDIR
+    elif target.exists() and not os.access(target, os.W_OK):
+        problem = errno.EACCES  # a rename would not ask
+    if problem is not None:
+        raise OSError(problem, os.strerror(problem), str(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target, target.with_name(f".{target.name}.{os.getpid()}")
+
+
 def write_atomically(path: Path, value: Any) -> None:
     """Writes JSON so that a reader, or a kill, finds the old file or the new one.
 
     Raises:
         RecordError: where the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=1) + "\n")
     except OSError as error:
         raise RecordError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -64,17 +116,18 @@ class Record:
 
     def _continue(self, path: Path, header: Mapping[str, Any]) -> None:
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8-sig"))
             rows: dict[str, Row] = before["rows"]
+            # A curve of `bench budget` has no status: it is there or not.
+            begun = [row for row in rows.values() if row.get("status") == STARTED]
             differing = [name for name in _SAME if before.get(name) != json.loads(json.dumps(header[name]))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecordError(f"{path} cannot be resumed: it is not a record of a benchmark ({error})") from error
         if differing:
             what = "; ".join(f"{name} was {before.get(name)}, is {header[name]}" for name in differing)
             raise RecordError(f"{path} cannot be resumed: {what}")
-        for row in rows.values():
-            if row["status"] == STARTED:
-                row |= {"status": LOST, "message": "the process ended during this row: a hang or a lost device"}
+        for row in begun:
+            row |= {"status": LOST, "message": "the process ended during this row: a hang or a lost device"}
         self.data = before
 
     @property

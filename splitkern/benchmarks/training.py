@@ -132,6 +132,9 @@ class TrainingBench:
         Args:
             at_most: no larger batch is tried.
             resolution: share of the answer by which the next batch that was found not to fit may lie above it.
+
+        Raises:
+            ValueError: not even one image fits plain PyTorch, with which all is compared.
         """
         found: dict[str, int] = {}
         for name, method in self.methods.items():
@@ -141,6 +144,11 @@ class TrainingBench:
                 self._say(f"largest batch, {name}")
                 self.record.put(key, self._largest_row(method, found.get(PLAIN, 0), at_most, resolution))
             found[name] = self.record.rows[key].get("largest", 0)
+            if name == PLAIN and not found[name]:
+                raise ValueError(
+                    "plain PyTorch, with which all is compared, trains nothing in this budget: "
+                    f"{_why_nothing_fits(self.record.rows[key])}"
+                )
         return found
 
     def _require_time(self) -> None:
@@ -226,15 +234,8 @@ class TrainingBench:
             points: batches between plain PyTorch's largest and the largest of all, beside those that are largest.
             rounds: that count.
             warmup: rounds before them.
-
-        Raises:
-            ValueError: not even one image fits plain PyTorch.
         """
         plain = largest[PLAIN]
-        if plain < 1:
-            row = self.record.rows[f"largest {PLAIN}"]
-            reason = row.get("message") or f"a batch of 1 needs {bytes_text(row['trials'][-1]['needed_bytes'])}"
-            raise ValueError(f"plain PyTorch, with which all is compared, trains nothing in this budget: {reason}")
         for batch in batches_of_interest(largest, points):
             key = f"time {batch}"
             if not self.record.has(key):
@@ -292,6 +293,16 @@ class TrainingBench:
                 if turn >= warmup:
                     times_ms[name].append(duration_ms)
         return times_ms
+
+
+def _why_nothing_fits(row: Row) -> str:
+    if row["status"] != OK:
+        return str(row["message"])
+    trial = row["trials"][-1]
+    needed_bytes = trial["needed_bytes"]
+    if needed_bytes is None:  # the allocation failed
+        return f"a batch of {trial['batch']}: {trial['reason']}"
+    return f"a batch of {trial['batch']} needs {bytes_text(needed_bytes)}"
 
 
 def largest_batch(

@@ -20,7 +20,7 @@ from splitkern.memory.planned_step import CompiledPlan
 from splitkern.memory.report import bytes_text
 from splitkern.training.loop import MEMORY_FORMATS, PRECISIONS
 
-PLAIN = "plain"
+PLAIN, SPLIT = "plain", "splitkern-split"
 ACTIVATION_BUDGETS = (0.5, 0.1)
 
 
@@ -97,7 +97,7 @@ def methods(activation_budgets: tuple[float, ...] = ACTIVATION_BUDGETS) -> dict[
     found = [
         Method(PLAIN, "plain PyTorch", _plain),
         planned("splitkern", "splitkern, not split", partial(_splitkern, is_split=False)),
-        planned("splitkern-split", "splitkern, split", partial(_splitkern, is_split=True)),
+        planned(SPLIT, "splitkern, split", partial(_splitkern, is_split=True)),
         planned("layerwise", "layer-wise offload", partial(_splitkern, is_split=False, strategy="layerwise")),
         Method(
             "save_on_cpu",
@@ -125,15 +125,31 @@ def _plain(model: nn.Module, images: Tensor, case: TrainingCase, budget: int) ->
 def _splitkern(
     model: nn.Module, images: Tensor, case: TrainingCase, budget: int, *, is_split: bool, strategy: str = "default"
 ) -> Prepared:
+    if is_split:
+        _split(model, images[:1], case)
+    momentum_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return Prepared(compile(model, images, budget=budget, strategy=strategy, optimizer_bytes=momentum_bytes))
+
+
+def check_split(case: TrainingCase) -> None:
+    """Splits a network without memory as the method `SPLIT` will.
+
+    Raises:
+        ValueError: for a grid or an end of the region with which that is not possible.
+    """
+    from splitkern.training.loop import build_model
+
+    images = torch.empty(1, 3, case.image_size, case.image_size, device="meta")
+    _split(build_model(case.network, class_count=CLASS_COUNT, device="meta").train(), images, case)
+
+
+def _split(model: nn.Module, images: Tensor, case: TrainingCase) -> None:
     from splitkern import split_
     from splitkern.training import default_until
 
-    if is_split:
-        has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        until = case.until or default_until(case.network)
-        split_(model, images[:1], grid=case.grid, until=until, order="patch", norm="patch" if has_norm else None)
-    momentum_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return Prepared(compile(model, images, budget=budget, strategy=strategy, optimizer_bytes=momentum_bytes))
+    has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    until = case.until or default_until(case.network)
+    split_(model, images, grid=case.grid, until=until, order="patch", norm="patch" if has_norm else None)
 
 
 def _save_on_cpu(model: nn.Module, images: Tensor, case: TrainingCase, budget: int) -> Prepared:

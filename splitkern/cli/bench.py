@@ -13,7 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from splitkern.cli import bench_budget, bench_kernels, bench_training
-from splitkern.cli.common import UserError, grid, integer, mib, require, table
+from splitkern.cli.common import (
+    LARGEST_BATCH,
+    LARGEST_IMAGE_SIZE,
+    UserError,
+    check_writable,
+    device_of,
+    grid,
+    integer,
+    mib,
+    one_line,
+    require,
+    table,
+    write_file,
+)
 
 _LIVE_DEFAULT = "vgg16:features.16 and resnet50:layer2"
 
@@ -45,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for subparser, cells in ((live, (4, 4)), (step, (2, 2))):
         subparser.add_argument("--until", metavar="MODULE", help="last module of the region (default: as for train)")
         subparser.add_argument("--grid", type=grid, default=cells, metavar="RxC", help=f"default {cells[0]}x{cells[1]}")
-        subparser.add_argument("--batch", type=integer(1), default=8, metavar="N", help="default 8")
-        subparser.add_argument("--image-size", type=integer(8), default=224, metavar="PIXELS", help="default 224")
+        batch, image_size = integer(1, LARGEST_BATCH), integer(8, LARGEST_IMAGE_SIZE)
+        subparser.add_argument("--batch", type=batch, default=8, metavar="N", help="default 8")
+        subparser.add_argument("--image-size", type=image_size, default=224, metavar="PIXELS", help="default 224")
         subparser.add_argument("--boundary", default="zero", choices=("zero", "stochastic", "halo"))
         subparser.add_argument("--norm", default="patch", choices=("patch", "image", "frozen"))
         subparser.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu (default), cuda or cuda:N")
@@ -66,20 +80,14 @@ def run(args: argparse.Namespace) -> int:
     if args.benchmark == bench_training.NAME:
         return bench_training.run(args)
     require("torchvision", "tqdm")
-    import torch
-
     from splitkern.benchmarks.common import commit, machine
 
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise UserError(f"--device must be cpu, cuda or cuda:N, got {args.device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: torch finds no GPU (splitkern doctor says more)")
+    device = device_of(args.device)
+    check_writable(args, "save")
     try:
         measured = _live(args, device) if args.benchmark == "live" else _step(args, device)
-    except (ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # of torch: no memory, images too small
+        raise UserError(one_line(error)) from error
     record = {
         "benchmark": args.benchmark,
         "command": _command(args),
@@ -88,16 +96,14 @@ def run(args: argparse.Namespace) -> int:
         "results": measured,
     }
     text = json.dumps(record, indent=2)
-    if args.save is not None:
-        try:
-            args.save.parent.mkdir(parents=True, exist_ok=True)
-            args.save.write_text(text + "\n")
-        except OSError as error:
-            raise UserError(f"--save {args.save} cannot be written: {error.strerror}") from error
-    if args.json:
-        print(text)
-    else:
-        print(_live_table(measured) if args.benchmark == "live" else _step_table(measured))
+    try:
+        if args.save is not None:
+            write_file("--save", args.save, lambda path: path.write_text(text + "\n"))
+    finally:  # what was measured is not lost with the file
+        if args.json:
+            print(text)
+        else:
+            print(_live_table(measured) if args.benchmark == "live" else _step_table(measured))
     return 0
 
 
@@ -126,6 +132,8 @@ def _step(args: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
     from splitkern.benchmarks.step import StepCase, measure_step
     from splitkern.training import default_until
 
+    if args.recompute and args.order == "layer":
+        raise ValueError("--recompute with --order layer is not possible: recomputation goes patch by patch")
     formats = [args.memory_format] if args.memory_format else ["contiguous", "channels_last"]
     results = []
     with tqdm(total=(args.warmup + args.pairs) * len(formats), unit="round", disable=None, leave=False) as bar:

@@ -10,10 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitkern.cli.common import UserError, grid, integer, require, table
+from splitkern.cli.common import (
+    LARGEST_IMAGE_SIZE,
+    UserError,
+    check_writable,
+    grid,
+    integer,
+    one_line,
+    require,
+    table,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from splitkern.benchmarks.budget import Curve, Plain, Planner
+    from splitkern.benchmarks.record import Record
 
 NAME = "budget"
 _TEXT = "batch multiplier against predicted slowdown under a memory budget, for every planning strategy (estimates)"
@@ -35,7 +46,8 @@ def add_parser(which: Any) -> None:
     )
     parser.add_argument("--strategy", action="append", metavar="NAME", help="may be repeated (default: all)")
     parser.add_argument("--until", metavar="MODULE", help="last module of the split region (default: as for train)")
-    parser.add_argument("--image-size", type=integer(8), default=224, metavar="PIXELS", help="default 224")
+    image_size = integer(8, LARGEST_IMAGE_SIZE)
+    parser.add_argument("--image-size", type=image_size, default=224, metavar="PIXELS", help="default 224")
     parser.add_argument("--jobs", type=integer(1), default=2, metavar="N", help="plans at a time (default 2)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON to a file after every curve")
     parser.add_argument("--resume", action="store_true", help="continue the file where it was cut off")
@@ -48,26 +60,43 @@ def add_parser(which: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plans and prints."""
     require("torchvision", "tqdm", *(["matplotlib"] if args.plot else []))
-    from splitkern.benchmarks.budget import curve_of_row, plot
+    from splitkern.benchmarks.budget import plot
     from splitkern.benchmarks.record import Record, RecordError
 
+    if args.resume and args.save is None:
+        raise UserError("--resume needs --save FILE, the file to continue")
+    check_writable(args, "save", "plot")
     try:
         record = Record(_header(args), args.save, resume=args.resume)
+    except RecordError as error:
+        raise UserError(one_line(error)) from error
+    try:
+        _curves(record)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.save} cannot be resumed: a row of it is no curve of bench budget") from error
+    try:
         _fill(args, record)
-    except (RecordError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    curves = [curve_of_row(row) for row in record.rows.values()]
-    if args.plot is not None:
-        try:
-            args.plot.parent.mkdir(parents=True, exist_ok=True)
-            plot(args.plot, curves)
-        except OSError as error:
-            raise UserError(f"--plot {args.plot} cannot be written: {error.strerror}") from error
-    if args.json:
-        print(json.dumps(record.data, indent=1))
-    else:
-        print(_tables(curves, markdown=args.markdown))
+    except RecordError as error:  # the disk is full: what was planned is not lost with the file
+        _print(args, record)
+        raise UserError(one_line(error)) from error
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise UserError(one_line(error)) from error
+    try:
+        if args.plot is not None:
+            write_file("--plot", args.plot, lambda path: plot(path, _curves(record)))
+    finally:
+        _print(args, record)
     return 0
+
+
+def _curves(record: Record) -> list[Curve]:
+    from splitkern.benchmarks.budget import curve_of_row
+
+    return [curve_of_row(row) for row in record.rows.values()]
+
+
+def _print(args: argparse.Namespace, record: Record) -> None:
+    print(json.dumps(record.data, indent=1) if args.json else _tables(_curves(record), markdown=args.markdown))
 
 
 def _header(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +108,7 @@ def _header(args: argparse.Namespace) -> dict[str, Any]:
     return {"benchmark": NAME, "options": options, "commit": commit(), "machine": {"splitkern": __version__}}
 
 
-def _fill(args: argparse.Namespace, record: Any) -> None:
+def _fill(args: argparse.Namespace, record: Record) -> None:
     """Adds every curve that is not there yet."""
     from tqdm import tqdm
 

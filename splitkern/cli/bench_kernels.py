@@ -1,4 +1,6 @@
-"""`splitkern bench conv|pool|copy|report`: single kernels on a GPU, against PyTorch's in the same run."""
+"""`splitkern bench conv|pool|copy|report`: single kernels on a GPU, against PyTorch's in the same run; and tables of
+what was saved.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitkern.cli.common import UserError, grid, integer, number, table
+from splitkern.cli.common import LARGEST_BATCH, UserError, check_writable, grid, integer, number, one_line, table
 
 if TYPE_CHECKING:
     from splitkern.benchmarks.gpu_timing import Timer
@@ -26,7 +28,7 @@ _TEXTS = {
     "conv": "convolution kernels, layer by layer, against cuDNN's unsplit convolution and the slice loop",
     "pool": "pooling and BatchNorm kernels against PyTorch's unsplit operations",
     "copy": "offload and prefetch against Tensor.copy_ and cudaMemcpy2DAsync, and the link's bandwidth",
-    "report": "the tables of a file that conv, pool or copy has saved",
+    "report": "the tables of a file that conv, pool, copy, training or make gpu-evidence has saved",
 }
 _CANDIDATES = {
     "conv": ("layer", "patch", "cudnn", "loop"),
@@ -53,7 +55,9 @@ def add_parsers(which: Any) -> None:
                 "--full", action="store_true", help="every layer, batch 32 and 128, grids 1x1, 2x2, 4x4 and 3x2"
             )
             parser.add_argument("--grids", type=_list_of(grid), metavar="RxC,...", help="only these grids")
-            parser.add_argument("--batch", type=_list_of(integer(1)), metavar="N,...", help="only these batch sizes")
+            parser.add_argument(
+                "--batch", type=_list_of(integer(1, LARGEST_BATCH)), metavar="N,...", help="only these batch sizes"
+            )
         if name == "conv":
             paths = ("plain", "depthwise", "first_layer", "sm80", "sm90")
             parser.add_argument("--path", choices=paths, help="make ours take this path (default: the library chooses)")
@@ -77,7 +81,7 @@ def add_parsers(which: Any) -> None:
     parser = which.add_parser("report", help=_TEXTS["report"], description=f"Prints {_TEXTS['report']}.")
     parser.add_argument("file", type=Path, metavar="FILE", help="from --save, or from `make gpu-evidence`")
     parser.add_argument("--markdown", action="store_true", help="as Markdown, for a README")
-    parser.add_argument("--summary", action="store_true", help="the means alone")
+    parser.add_argument("--summary", action="store_true", help="the means alone, of kernels")
 
 
 def _list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -163,10 +167,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--resume needs --save FILE, the file to continue")
     from splitkern.benchmarks.common import commit, machine
     from splitkern.benchmarks.gpu_timing import Ceilings, device_facts, measure_ceilings
-    from splitkern.benchmarks.record import Record
+    from splitkern.benchmarks.record import Record, RecordError
     from splitkern.benchmarks.rows import DTYPES, DeviceLost, Setting, run_rows
 
     timer = make_timer()
+    check_writable(args, "save")
     names = ("full", "grids", "batch", "path", "layers", "passes", "candidates", "dtype", "budget_ms")
     header = {
         "benchmark": args.benchmark,
@@ -176,6 +181,9 @@ def run(args: argparse.Namespace) -> int:
     }
     try:
         record = Record(header, args.save, resume=args.resume)
+    except RecordError as error:
+        raise UserError(one_line(error)) from error
+    try:
         dtype = DTYPES[args.dtype]
         if record.data["ceilings"] is None:
             record.data["ceilings"] = vars(measure_ceilings(timer, dtype, **ceilings_options(args.benchmark)))
@@ -187,8 +195,11 @@ def run(args: argparse.Namespace) -> int:
         done = run_rows(
             record, tasks, timer, seconds=args.seconds or math.inf, on_row=_progress(len(tasks), record.rows)
         )
+    except RecordError as error:  # the disk is full: what was measured is not lost with the file
+        _print(record.data, args)
+        raise UserError(one_line(error)) from error
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     except DeviceLost as error:
         where = f"; go on with --resume --save {args.save}" if args.save else ""
         print(f"splitkern bench: the device no longer answers ({error}){where}", file=sys.stderr)
@@ -234,19 +245,27 @@ def _print(record: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from splitkern.benchmarks import training_report
     from splitkern.benchmarks.report import markdown, report
 
+    form = markdown if args.markdown else table
     try:
-        content = json.loads(args.file.read_text())
+        content = json.loads(args.file.read_text(encoding="utf-8-sig"))
         # The evidence file holds one record per benchmark among its steps.
         steps = content.get("steps")
         records = [content] if steps is None else [step["record"] for step in steps.values() if step.get("record")]
-        texts = [report(record, markdown if args.markdown else table, summary=args.summary) for record in records]
+        texts = [
+            training_report.report(record, form)
+            if record["benchmark"] == "training"
+            else report(record, form, summary=args.summary)
+            for record in records
+        ]
     except OSError as error:
         raise UserError(f"{args.file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(
-            f"{args.file} must be a file of splitkern bench conv, pool or copy, or of make gpu-evidence, and is none"
+            f"{args.file} must be a file of splitkern bench conv, pool, copy or training, or of make gpu-evidence, "
+            f"and is none"
         ) from error
     print("\n\n".join(texts) or "no benchmark has been measured")
     return 0

@@ -6,11 +6,28 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitkern.cli.bench_kernels import EXIT_OUT_OF_TIME
-from splitkern.cli.common import UserError, grid, integer, number, require, table
+from splitkern.cli.common import (
+    LARGEST_BATCH,
+    LARGEST_IMAGE_SIZE,
+    UserError,
+    check_writable,
+    grid,
+    integer,
+    number,
+    one_line,
+    require,
+    table,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from splitkern.benchmarks.record import Record
+    from splitkern.benchmarks.training_methods import Method, TrainingCase
 
 NAME = "training"
 _TEXT = "largest batch and throughput of training under an equal byte budget, against other ways to save memory"
@@ -27,7 +44,8 @@ def add_parser(which: Any) -> None:
         "--memory-format channels_last --budget 16GiB --save vgg19.json --plot vgg19.png"
     )
     parser.add_argument("--network", default="resnet18", choices=MODEL_NAMES, metavar="NAME", help="default resnet18")
-    parser.add_argument("--image-size", type=integer(8), default=224, metavar="PIXELS", help="default 224")
+    image_size = integer(8, LARGEST_IMAGE_SIZE)
+    parser.add_argument("--image-size", type=image_size, default=224, metavar="PIXELS", help="default 224")
     parser.add_argument("--budget", required=True, metavar="SIZE", help="device bytes of a step, such as 16GiB")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast")
     parser.add_argument("--memory-format", default="contiguous", choices=("contiguous", "channels_last"))
@@ -51,7 +69,8 @@ def add_parser(which: Any) -> None:
     parser.add_argument(
         "--points", type=integer(0), default=3, metavar="N", help="batches timed between the largest ones (default 3)"
     )
-    parser.add_argument("--at-most", type=integer(1), default=4096, metavar="N", help="largest batch that is tried")
+    at_most = integer(1, LARGEST_BATCH)
+    parser.add_argument("--at-most", type=at_most, default=4096, metavar="N", help="largest batch that is tried")
     parser.add_argument(
         "--resolution",
         type=number(at_least=0, below=1),
@@ -72,44 +91,55 @@ def add_parser(which: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints."""
     require("torchvision", "tqdm", *(["matplotlib"] if args.plot else []))
-    from splitkern.benchmarks.record import RecordError
-    from splitkern.benchmarks.report import markdown
-    from splitkern.benchmarks.training_report import plot, report
+    from splitkern.benchmarks.record import Record, RecordError
+    from splitkern.benchmarks.training_report import plot
 
+    if args.resume and args.save is None:
+        raise UserError("--resume needs --save FILE, the file to continue")
+    check_writable(args, "save", "plot")
     try:
-        data, is_done = _measure(args)
-    except (RecordError, ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        case, chosen = _case(args), _methods(args)
+        _check(case, chosen)
+        record = Record(_header(args, case, chosen), args.save, resume=args.resume)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(one_line(error)) from error
+    try:
+        is_done = _measure(args, case, chosen, record)
+    except RecordError as error:  # the disk is full: what was measured is not lost with the file
+        _print(args, record)
+        raise UserError(one_line(error)) from error
+    except (ValueError, TypeError) as error:
+        raise UserError(one_line(error)) from error
+    try:
+        if is_done and args.plot is not None:
+            write_file("--plot", args.plot, lambda path: plot(path, record.data))
+    finally:
+        _print(args, record)
     if not is_done:
         where = f"; go on with --resume --save {args.save}" if args.save else ""
-        print(f"splitkern bench: out of time after {len(data['rows'])} rows{where}", file=sys.stderr)
-        return EXIT_OUT_OF_TIME
-    if args.plot is not None:
-        try:
-            args.plot.parent.mkdir(parents=True, exist_ok=True)
-            plot(args.plot, data)
-        except OSError as error:
-            raise UserError(f"--plot {args.plot} cannot be written: {error.strerror}") from error
+        print(f"splitkern bench: out of time after {len(record.rows)} rows{where}", file=sys.stderr)
+    return 0 if is_done else EXIT_OUT_OF_TIME
+
+
+def _print(args: argparse.Namespace, record: Record) -> None:
+    from splitkern.benchmarks.report import markdown
+    from splitkern.benchmarks.training_report import report
+
+    data = record.data
     print(json.dumps(data, indent=1) if args.json else report(data, markdown if args.markdown else table))
-    return 0
 
 
-def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """What was measured, and whether that is all."""
-    from tqdm import tqdm
-
-    from splitkern.benchmarks.common import commit, machine
-    from splitkern.benchmarks.record import Record
-    from splitkern.benchmarks.training import OutOfTime, TrainingBench
-    from splitkern.benchmarks.training_methods import ACTIVATION_BUDGETS, PLAIN, TrainingCase, methods
+def _case(args: argparse.Namespace) -> TrainingCase:
+    from splitkern.benchmarks.training_methods import TrainingCase
     from splitkern.memory.report import parse_bytes
-    from splitkern.training.loop import TrainOptions, check_options
 
     try:
         budget = parse_bytes(args.budget)
     except ValueError as error:
         raise ValueError(f"--budget {error}") from error
-    case = TrainingCase(
+    if budget == 0:
+        raise ValueError(f"--budget must be above 0 bytes, got {args.budget!r}")
+    return TrainingCase(
         network=args.network,
         image_size=args.image_size,
         budget=budget,
@@ -119,26 +149,51 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         grid=args.grid,
         until=args.until,
     )
-    check_options(
-        TrainOptions(model=case.network, image_size=case.image_size, precision=case.precision, device=case.device)
-    )
+
+
+def _methods(args: argparse.Namespace) -> dict[str, Method]:
+    from splitkern.benchmarks.training_methods import ACTIVATION_BUDGETS, PLAIN, methods
+
     known = methods(tuple(args.activation_budget or ACTIVATION_BUDGETS))
-    names = [name.strip() for name in args.methods.split(",")] if args.methods else list(known)
+    names = list(known) if args.methods is None else [name.strip() for name in args.methods.split(",")]
     for name in names:
         if name not in known:
             raise ValueError(f"--methods must be of {', '.join(known)}, got {name!r}")
-    chosen = {name: method for name, method in known.items() if name == PLAIN or name in names}
-    options = {name: getattr(args, name) for name in _OPTIONS} | {"methods": list(chosen)}
+    return {name: method for name, method in known.items() if name == PLAIN or name in names}
+
+
+def _check(case: TrainingCase, chosen: Mapping[str, Method]) -> None:
+    """Refuses, before anything is measured, what could only fail in the middle."""
+    from splitkern.benchmarks.training_methods import SPLIT, check_split
+    from splitkern.training.loop import TrainOptions, check_options
+
+    check_options(
+        TrainOptions(model=case.network, image_size=case.image_size, precision=case.precision, device=case.device)
+    )
+    if SPLIT in chosen:
+        check_split(case)
+
+
+def _header(args: argparse.Namespace, case: TrainingCase, chosen: Mapping[str, Method]) -> dict[str, Any]:
     import torch
 
-    header = {
+    from splitkern.benchmarks.common import commit, machine
+
+    return {
         "benchmark": NAME,
-        "options": options,
+        "options": {name: getattr(args, name) for name in _OPTIONS} | {"methods": list(chosen)},
         "commit": args.commit or commit(),
         "machine": machine(torch.device(args.device)),
         "title": case.text,
     }
-    record = Record(header, args.save, resume=args.resume)
+
+
+def _measure(args: argparse.Namespace, case: TrainingCase, chosen: Mapping[str, Method], record: Record) -> bool:
+    """Adds what the record lacks; returns whether that was all."""
+    from tqdm import tqdm
+
+    from splitkern.benchmarks.training import OutOfTime, TrainingBench
+
     with tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False) as bar:
         seconds = args.seconds or math.inf
         bench = TrainingBench(case, chosen, record, on_change=bar.set_description_str, seconds=seconds)
@@ -146,8 +201,8 @@ def _measure(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
             largest = bench.find_largest(at_most=args.at_most, resolution=args.resolution)
             bench.time_batches(largest, points=args.points, rounds=args.rounds)
         except OutOfTime:
-            return record.data, False
-    return record.data, True
+            return False
+    return True
 
 
 _OPTIONS = (

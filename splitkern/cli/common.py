@@ -6,8 +6,17 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 MIB = 2**20
+LARGEST_INTEGER = 2**63 - 1  # of C++
+# Far above what is trained, and small enough that no size in bytes leaves 64 bits.
+LARGEST_BATCH = 2**20
+LARGEST_IMAGE_SIZE = 2**16
 
 
 class UserError(Exception):
@@ -30,13 +39,15 @@ def require(*modules: str) -> None:
 def grid(text: str) -> tuple[int, int]:
     """Argument type: ROWSxCOLUMNS."""
     rows, separator, columns = text.lower().partition("x")
-    if not separator or not rows.isdigit() or not columns.isdigit() or not int(rows) or not int(columns):
+    if not separator or not all(part.isdecimal() and part.strip("0") for part in (rows, columns)):
         raise argparse.ArgumentTypeError(f"must be ROWSxCOLUMNS, both at least 1, such as 2x2; got {text!r}")
+    if max(len(rows), len(columns)) > 9:
+        raise argparse.ArgumentTypeError(f"must be ROWSxCOLUMNS, both below 10^9, such as 2x2; got {text!r}")
     return int(rows), int(columns)
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """Argument type: a whole number of at least `minimum`."""
+def integer(minimum: int, maximum: int = LARGEST_INTEGER) -> Callable[[str], int]:
+    """Argument type: a whole number of at least `minimum` and at most `maximum`."""
 
     def parse(text: str) -> int:
         try:
@@ -45,6 +56,8 @@ def integer(minimum: int) -> Callable[[str], int]:
             value = minimum - 1
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at most {maximum}, got {text!r}")
         return value
 
     return parse
@@ -67,6 +80,62 @@ def number(
         return value
 
     return parse
+
+
+def device_of(text: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        UserError: where it names none, or one that is not here.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {text}: torch finds no GPU (splitkern doctor says more)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {text}: there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without the line breaks, and without the C++ stack that torch may add."""
+    text = " ".join(str(error).split("Exception raised from")[0].split())
+    return text or type(error).__name__
+
+
+def check_writable(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError where a file of these options cannot be written: before the work, not behind it."""
+    from splitkern.benchmarks import record
+
+    for name in names:
+        path = getattr(args, name)
+        if path is not None:
+            try:
+                record.check_writable(path)
+            except OSError as error:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} {path} cannot be written: {error.strerror or error}") from error
+
+
+def write_file(option: str, path: Path, write: Callable[[Path], Any]) -> None:
+    """Has a file written beside `path`, and puts it in its place only once it is whole.
+
+    Raises:
+        UserError: where it cannot be written; what was there before is there still.
+    """
+    from splitkern.benchmarks.record import replacing
+
+    try:
+        with replacing(path) as temporary:
+            write(temporary)
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be written: {error.strerror or error}") from error
 
 
 def mib(size_bytes: int) -> str:

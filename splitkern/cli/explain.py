@@ -380,13 +380,13 @@ def _bounds(shape: ConvShape | LayerShape, kernel: int, axis: int) -> tuple[Boun
 
 
 def _whole_numbers(name: str, word: str, least: int, most: int, minimum: int = 1) -> tuple[int, ...]:
-    """Reads 2 or 2x3: from `least` to `most` numbers, each at least `minimum`."""
+    """Reads 2 or 2x3: from `least` to `most` numbers, each at least `minimum` and of nine digits at most."""
     parts = word.lower().split("x")
     if not least <= len(parts) <= most or not all(
-        re.fullmatch(r"\d{1,9}", part) and int(part) >= minimum for part in parts
+        re.fullmatch(r"[0-9]{1,9}", part) and int(part) >= minimum for part in parts
     ):
         form = {(4, 4): "four whole numbers such as 32x64x56x56", (2, 2): "two whole numbers such as 2x2"}.get(
             (least, most), "one whole number" if most == 1 else "one or two whole numbers such as 2 or 2x1"
         )
-        raise UserError(f"--explain: {name} must be {form}, each at least {minimum}, got {word!r}")
+        raise UserError(f"--explain: {name} must be {form}, each at least {minimum} and below 10^9, got {word!r}")
     return tuple(map(int, parts))

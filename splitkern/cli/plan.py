@@ -9,18 +9,29 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitkern.cli.common import UserError, grid, integer, number, require
+from splitkern.cli.common import (
+    LARGEST_BATCH,
+    LARGEST_IMAGE_SIZE,
+    UserError,
+    check_writable,
+    device_of,
+    grid,
+    integer,
+    number,
+    one_line,
+    require,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from splitkern.memory.cost_model import CostModel
     from splitkern.memory.picture import Scene
-    from splitkern.memory.timeline import Timeline
 
 EXIT_DOES_NOT_FIT = 1
 _DTYPES = ("fp32", "bf16")
@@ -54,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a torchvision VGG or ResNet; a splitkern.graph file; or a placement problem in MiniMalloc's CSV format",
     )
     network = parser.add_argument_group("a network")
-    network.add_argument("--batch", type=integer(1), metavar="N", help="images per step (default 64)")
-    network.add_argument("--image-size", type=integer(8), metavar="PIXELS", help="height and width (default 224)")
+    network.add_argument("--batch", type=integer(1, LARGEST_BATCH), metavar="N", help="images per step (default 64)")
+    image_size = integer(8, LARGEST_IMAGE_SIZE)
+    network.add_argument("--image-size", type=image_size, metavar="PIXELS", help="height and width (default 224)")
     network.add_argument("--grid", type=grid, metavar="RxC", help="patches per axis (default: not split)")
     network.add_argument("--until", metavar="MODULE", help="last module of the split region (default: as for train)")
     network.add_argument(
@@ -118,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.picture is not None:
         require("matplotlib")
+    check_writable(args, "out", "save", "graph_out", "picture", "html", "trace")
     suffix = Path(args.what).suffix.lower()
     if suffix == ".csv":
         _refuse(args, (*_OF_MODELS, *_OF_PLANS), "a placement problem")
@@ -160,21 +173,9 @@ def _stage(text: str) -> Iterator[None]:
         print(f"\r{text}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _write(option: str, path: Path, write: Callable[[Path], Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    except OSError as error:
-        raise UserError(f"{option} {path} cannot be written: {error.strerror or error}") from error
-
-
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte order mark
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -228,7 +229,7 @@ def _read_graph(path: Path) -> Any:
     try:
         return _core.Graph.from_json(text)
     except ValueError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def _capture(args: argparse.Namespace) -> tuple[Any, _Machine]:
@@ -252,14 +253,8 @@ def _capture(args: argparse.Namespace) -> tuple[Any, _Machine]:
                 f"cost model {model.name} knows the rates of {model.dtype}, not of {args.dtype}; "
                 f"of that type: {', '.join(of_dtype)}"
             )
-    try:
-        device = torch.device(args.device or ("cuda" if args.measure and torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device must be cpu, cuda or cuda:N, got {args.device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu, cuda or cuda:N, got {args.device!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: torch finds no GPU (splitkern doctor says more)")
+    default = "cuda" if args.measure and torch.cuda.is_available() else "cpu"
+    device = device_of(default if args.device is None else args.device)
     options = NetworkOptions(
         model=args.what,
         batch=args.batch or 64,
@@ -280,8 +275,8 @@ def _capture(args: argparse.Namespace) -> tuple[Any, _Machine]:
             step = step.with_durations(model.durations_us(step.operations), model.label)
         else:
             step, machine = _measure(args, step, device)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(_one_line(error)) from error
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise UserError(one_line(error)) from error
     return _core.Graph.from_json(step.graph_json()), machine
 
 
@@ -311,7 +306,7 @@ def _plan(args: argparse.Namespace, graph: Any, machine: _Machine) -> int:
     from splitkern import _core
     from splitkern.memory.picture import scene_of_plan
     from splitkern.memory.report import PlanView, report
-    from splitkern.memory.timeline import Timeline
+    from splitkern.memory.timeline import Timeline, write_trace
 
     strategy = args.strategy or "default"
     names = _core.strategy_names()
@@ -330,7 +325,7 @@ def _plan(args: argparse.Namespace, graph: Any, machine: _Machine) -> int:
         with _stage("validating"):
             _core.validate(graph, plan)
     except _core.Infeasible as error:
-        print(f"splitkern plan: {_one_line(error)}", file=sys.stderr)
+        print(f"splitkern plan: {one_line(error)}", file=sys.stderr)
         if args.json:
             found = {
                 "fits": False,
@@ -341,40 +336,35 @@ def _plan(args: argparse.Namespace, graph: Any, machine: _Machine) -> int:
             print(json.dumps(found, indent=2))
         return EXIT_DOES_NOT_FIT
     except ValueError as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     view = PlanView(graph, plan)
     timeline = Timeline.of(_core.simulate(graph, plan))
     told = report(view, [(span.begin_us, span.end_us) for span in timeline.copies])
-    if args.save is not None:
-        _write("--save", args.save, lambda path: path.write_text(plan.to_json() + "\n", encoding="utf-8"))
-    if args.graph_out is not None:
-        _write("--graph-out", args.graph_out, lambda path: path.write_text(graph.to_json() + "\n", encoding="utf-8"))
-    if args.trace is not None:
-        _write_trace(args.trace, view, timeline)
-    _draw(args, lambda: scene_of_plan(view, timeline))
-    print(json.dumps({"fits": True, **told.as_dict()}, indent=2) if args.json else told.text())
+    try:
+        if args.save is not None:
+            write_file("--save", args.save, lambda path: path.write_text(plan.to_json() + "\n", encoding="utf-8"))
+        if args.graph_out is not None:
+            text = graph.to_json() + "\n"
+            write_file("--graph-out", args.graph_out, lambda path: path.write_text(text, encoding="utf-8"))
+        if args.trace is not None:
+            write_file("--trace", args.trace, lambda path: write_trace(path, view, timeline))
+        if args.picture is not None or args.html is not None:
+            _draw(args, scene_of_plan(view, timeline))
+    finally:  # what was planned, and perhaps measured, is not lost with a file
+        print(json.dumps({"fits": True, **told.as_dict()}, indent=2) if args.json else told.text())
     return 0
 
 
-def _write_trace(path: Path, view: Any, timeline: Timeline) -> None:
-    from splitkern.memory.timeline import write_trace
-
-    _write("--trace", path, lambda file: write_trace(file, view, timeline))
-
-
-def _draw(args: argparse.Namespace, make: Callable[[], Scene]) -> None:
-    if args.picture is None and args.html is None:
-        return
-    scene = make()
+def _draw(args: argparse.Namespace, scene: Scene) -> None:
     if args.picture is not None:
         from splitkern.memory.picture_png import write_png
 
         with _stage("drawing"):
-            _write("--picture", args.picture, lambda path: write_png(path, scene))
+            write_file("--picture", args.picture, lambda path: write_png(path, scene))
     if args.html is not None:
         from splitkern.memory.picture_html import write_html
 
-        _write("--html", args.html, lambda path: write_html(path, scene))
+        write_file("--html", args.html, lambda path: write_html(path, scene))
 
 
 # --- placement problems -------------------------------------------------------------------------------------------
@@ -382,8 +372,6 @@ def _draw(args: argparse.Namespace, make: Callable[[], Scene]) -> None:
 
 def _place(args: argparse.Namespace) -> int:
     from splitkern import _core
-    from splitkern.memory.picture import scene_of_placement
-    from splitkern.memory.report import bytes_text
 
     path = Path(args.what)
     text = _read(path)
@@ -393,16 +381,35 @@ def _place(args: argparse.Namespace) -> int:
         with _stage(f"placing {len(buffers):,} buffers"):
             placed = _core.place(buffers, alignment_bytes=args.alignment or 1, capacity_bytes=args.capacity)
     except ValueError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
     fits = args.capacity is None or placed.peak_bytes <= args.capacity
+    try:
+        if fits:
+            _write_placement(args, problem, placed)
+    finally:
+        _print_placement(args, len(buffers), placed)
+    if not fits:
+        over = placed.peak_bytes - args.capacity
+        print(
+            f"splitkern plan: {path} does not fit --capacity {args.capacity}: {over:,} bytes too many, no file is "
+            "written",
+            file=sys.stderr,
+        )
+    return 0 if fits else EXIT_DOES_NOT_FIT
+
+
+def _write_placement(args: argparse.Namespace, problem: Any, placed: Any) -> None:
+    from splitkern import _core
+    from splitkern.memory.picture import scene_of_placement
+
+    buffers = problem.buffers
     if args.out is not None:
         solved = _core.MinimallocCsv(ids=problem.ids, buffers=buffers, offsets=placed.offsets)
         csv = _core.write_minimalloc_csv(solved)
-        _write("--out", args.out, lambda file: file.write_text(csv, encoding="utf-8"))
-    _draw(
-        args,
-        lambda: scene_of_placement(
-            path.stem,
+        write_file("--out", args.out, lambda file: file.write_text(csv, encoding="utf-8"))
+    if args.picture is not None or args.html is not None:
+        scene = scene_of_placement(
+            Path(args.what).stem,
             [one.begin for one in buffers],
             [one.end for one in buffers],
             [one.size_bytes for one in buffers],
@@ -410,24 +417,29 @@ def _place(args: argparse.Namespace) -> int:
             problem.ids,
             lower_bound_bytes=placed.lower_bound_bytes,
             capacity_bytes=args.capacity,
-        ),
-    )
+        )
+        _draw(args, scene)
+
+
+def _print_placement(args: argparse.Namespace, buffers: int, placed: Any) -> None:
+    from splitkern.memory.report import bytes_text
+
+    fits = args.capacity is None or placed.peak_bytes <= args.capacity
     found = {
         "fits": fits,
-        "buffers": len(buffers),
+        "buffers": buffers,
         "peak_bytes": placed.peak_bytes,
         "lower_bound_bytes": placed.lower_bound_bytes,
         "capacity_bytes": args.capacity,
     }
     if args.json:
         print(json.dumps(found, indent=2))
-        return 0 if fits else EXIT_DOES_NOT_FIT
+        return
     ratio = f"{placed.peak_bytes / placed.lower_bound_bytes:.4f} of it" if placed.lower_bound_bytes else "equal to it"
-    print(f"{path}: {len(buffers):,} buffers")
+    print(f"{args.what}: {buffers:,} buffers")
     print(f"lower bound  {placed.lower_bound_bytes:,} bytes ({bytes_text(placed.lower_bound_bytes)})")
     print(f"peak         {placed.peak_bytes:,} bytes ({bytes_text(placed.peak_bytes)}), {ratio}")
     if args.capacity is not None:
         over = placed.peak_bytes - args.capacity
         verdict = "everything fits" if fits else f"does not fit: {over:,} bytes too many"
         print(f"capacity     {args.capacity:,} bytes ({bytes_text(args.capacity)}): {verdict}")
-    return 0 if fits else EXIT_DOES_NOT_FIT

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,8 @@ class DurationCache:
     """Measured operations on disk, one small file each, named by a digest of its key.
 
     Files appear by renaming, so that any number of processes may read and write the folder; a file that cannot be read
-    or holds something else is ignored with a warning, and written anew.
+    or holds something else is ignored, and written anew. The first one that cannot be read, and the first that cannot
+    be written, are told by a warning: what is wrong is mostly wrong with the folder, and a step has hundreds of files.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -88,6 +89,7 @@ class DurationCache:
             folder: where; `default_folder()` unless given.
         """
         self.folder = default_folder() if folder is None else folder
+        self._told: set[str] = set()
 
     def _file(self, key: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -107,7 +109,7 @@ class DurationCache:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             text = f"{type(error).__name__}: {error}"
-            warnings.warn(f"{file} is ignored and will be measured anew ({text})", RuntimeWarning, stacklevel=2)
+            self._warn("read", f"{file} is ignored and will be measured anew ({text}), as all like it in {self.folder}")
             return None
         return found
 
@@ -128,7 +130,14 @@ class DurationCache:
             temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, file)
         except OSError as error:
-            warnings.warn(f"{file} cannot be written: {error.strerror}", RuntimeWarning, stacklevel=2)
+            self._warn("write", f"{file} cannot be written: {error.strerror}; nothing is kept in {self.folder}")
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def default_folder() -> Path:

@@ -29,8 +29,11 @@ def parse_bytes(text: str) -> int:
         text: a number that is not negative and a unit: none or B, kB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB,
             K, M, G, T (powers of 1024), in any case.
 
+    Returns:
+        Whole bytes: a fraction of one is left out, so that 1.7GiB can be said.
+
     Raises:
-        ValueError: for anything else, for a fraction of a byte, and for 2^63 bytes or more.
+        ValueError: for anything else, and for 2^63 - 1 bytes or more.
 
     Example:
         >>> parse_bytes("1.5KiB")
@@ -41,10 +44,7 @@ def parse_bytes(text: str) -> int:
     if match is None or unit is None:
         raise ValueError(f"must be bytes such as 16GiB, 34GB or 1048576, got {text!r}")
     decimals = match[2] or ""
-    numerator, denominator = int(match[1] + decimals) * unit, int("1" + "0" * len(decimals))
-    if numerator % denominator:
-        raise ValueError(f"must be a whole number of bytes, got {text!r}")
-    value = numerator // denominator
+    value = int(match[1] + decimals) * unit // int("1" + "0" * len(decimals))
     if value >= _LARGEST:
         raise ValueError(f"must be below 2^63 bytes, got {text!r}")
     return value

@@ -5,7 +5,9 @@ Only the timer differs from a run on a GPU: candidates, geometry, truths and rec
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from splitkern.benchmarks import conv, copy, layers, pool
+from splitkern.benchmarks import record as record_module
 from splitkern.benchmarks.copy import COPY_CASES
 from splitkern.benchmarks.gpu_timing import Ceilings, HostTimer, Sample, measure, measure_ceilings
 from splitkern.benchmarks.layers import Cell, ConvLayer, PoolLayer
@@ -391,7 +394,7 @@ def test_pool_command(on_the_cpu: None, capsys: pytest.CaptureFixture[str]) -> N
         (["pool", "--grids", "2"], "must be ROWSxCOLUMNS"),
         (["copy", "--layers", "x*"], "no copy matches 'x*'"),
         (["report", "nowhere.json"], "nowhere.json cannot be read: No such file"),
-        (["report", __file__], "must be a file of splitkern bench conv, pool or copy"),
+        (["report", __file__], "must be a file of splitkern bench conv, pool, copy or training"),
     ],
 )
 def test_errors_are_one_line(
@@ -438,3 +441,39 @@ def test_a_record_without_rows() -> None:
 
 def test_geometric_mean() -> None:
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"grid": [1]}, {"candidates": []}, {"cudnn_over_layer": 0.0}, {"cudnn_over_layer": "fast"}]
+)
+def test_a_damaged_row_is_one_line(change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "conv.json"
+    good = {"layer": "b", "shape": "s", "pass": "forward", "grid": [2, 2], "batch": 32, "status": "ok"}
+    record = {"benchmark": "conv", "machine": {"device": "d", "torch": "t"}, "commit": None, "rows": {"b": good}}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
+    assert main(["bench", "report", str(path)]) == 0
+    record["rows"] = {"b": good | change}
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["bench", "report", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "must be a file of splitkern bench" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_a_full_disk_prints_what_was_measured(
+    on_the_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+
+    def replace_once(source: Path, target: Path) -> None:
+        written.append(target)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record_module.os, "replace", replace_once)
+    command = ["bench", "pool", "--batch", "2", "--grids", "2x2", "--budget-ms", "0.1"]
+    assert main([*command, "--save", str(tmp_path / "pool.json")]) == 2
+    captured = capsys.readouterr()
+    assert "max 2x2" in captured.out and "pool.json cannot be written: No space left" in captured.err
+    assert main([*command, "--save", str(tmp_path)]) == 2
+    assert f"--save {tmp_path} cannot be written: Is a directory" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from splitkern.benchmarks import record as record_module
 from splitkern.benchmarks import training
 from splitkern.benchmarks.record import Record
 from splitkern.benchmarks.report import markdown
 from splitkern.benchmarks.training import TrainingBench, Trial, batches_of_interest, largest_batch
-from splitkern.benchmarks.training_methods import PLAIN, TrainingCase, TrainingStep, methods
+from splitkern.benchmarks.training_methods import PLAIN, TrainingCase, TrainingStep, check_split, methods
 from splitkern.benchmarks.training_report import plot, report
 from splitkern.cli import main
 from splitkern.memory.step_bytes import StepBytes, resident_bytes
@@ -285,11 +288,19 @@ def test_memory_that_cannot_be_had_is_a_batch_that_does_not_fit(monkeypatch: pyt
 
 
 def test_a_budget_that_plain_pytorch_cannot_do_with() -> None:
-    bench = bench_of([PLAIN], 1000)
-    largest = bench.find_largest()
-    assert largest == {PLAIN: 0}
+    bench = bench_of([PLAIN, "splitkern", "checkpoint"], 1000)
     with pytest.raises(ValueError, match="trains nothing in this budget: a batch of 1 needs"):
-        bench.time_batches(largest, points=0, rounds=1)
+        bench.find_largest()
+    assert list(bench.record.rows) == ["largest plain"], "nothing else is tried"
+
+
+def test_a_first_image_that_finds_no_memory_is_no_unlimited_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TrainingStep) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(TrainingStep, "__call__", fail)
+    with pytest.raises(ValueError, match=r"in this budget: a batch of 1: OutOfMemoryError: CUDA out of memory"):
+        bench_of([PLAIN], 1 << 30).find_largest()
 
 
 @pytest.mark.torchvision
@@ -298,20 +309,82 @@ def test_a_budget_that_plain_pytorch_cannot_do_with() -> None:
     [
         (["--budget", "much"], "--budget must be bytes"),
         (["--budget", "1GiB", "--methods", "plain,magic"], "torch.compile-0.1, got 'magic'"),
+        (["--budget", "0"], "--budget must be above 0 bytes, got '0'"),
+        (["--budget", "1GiB", "--methods", ""], "torch.compile-0.1, got ''"),
+        (["--budget", "1GiB", "--grid", "500x500"], "500"),
+        (["--budget", "1GiB", "--until", "layer9"], "layer9"),
+        (["--budget", "1GiB", "--image-size", "99999999999"], f"at most {2**16}, got '99999999999'"),
         (["--budget", "1GiB", "--device", "abacus"], "abacus"),
         (["--budget", "1GiB", "--network", "vgg11", "--image-size", "16"], "vgg11 takes no images of 16 pixels"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["bench", "training", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(training, "TrainingBench", fail)
+    assert main(["bench", "training", *arguments, "--save", str(tmp_path / "rows.json")]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("network", ["resnet18", "vgg11"])
+def test_a_split_is_checked_without_memory(network: str) -> None:
+    check_split(TrainingCase(network, 64, 1 << 30, grid=(2, 2)))
+    with pytest.raises(ValueError):
+        check_split(TrainingCase(network, 64, 1 << 30, grid=(2, 999)))
 
 
 @pytest.mark.torchvision
 def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.json"
     command = ["bench", "training", "--image-size", "32", "--budget", "1GiB", "--methods", "plain", "--save", str(file)]
+    assert main([*command, "--seconds", "1e-9", "--json"]) == 4
+    captured = capsys.readouterr()
+    assert "out of time after 0 rows; go on with --resume" in captured.err
+    assert json.loads(captured.out)["rows"] == {}
     assert main([*command, "--seconds", "1e-9"]) == 4
-    assert "out of time after 0 rows; go on with --resume" in capsys.readouterr().err
+    assert "largest batch" in capsys.readouterr().out
+
+
+@pytest.mark.torchvision
+def test_a_full_disk_prints_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replace_(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record_module.os, "replace", replace_)
+    monkeypatch.setattr(TrainingBench, "_largest_row", lambda *arguments: dict(LARGEST))
+    file = tmp_path / "rows.json"
+    command = ["bench", "training", "--image-size", "32", "--budget", "1GiB", "--methods", "plain", "--save", str(file)]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "plain PyTorch" in captured.out and f"{file} cannot be written: No space left" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+LARGEST = {"method": "plain", "text": "plain PyTorch", "note": "", "status": "ok", "largest": 7, "trials": []}
+
+
+@pytest.mark.parametrize("is_evidence", [False, True])
+def test_report_prints_a_training_record(is_evidence: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make gpu-evidence` keeps records of kernels and of training in one file."""
+    record = bench_of([PLAIN], 1 << 30).record
+    record.rows["largest plain"] = dict(LARGEST)
+    kernels = {"benchmark": "pool", "machine": {"device": "d", "torch": "t"}, "commit": None, "rows": {}}
+    steps = {"build": {}, "pool": {"record": kernels}, "training-vgg19": {"record": record.data}}
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps({"steps": steps} if is_evidence else record.data))
+    assert main(["bench", "report", str(path), "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert report(record.data, markdown) in text and "| plain PyTorch | 7 | 1.00 |" in text
+    assert ("no row has been measured" in text) == is_evidence

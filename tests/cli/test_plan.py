@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splitkern import _core
+from splitkern.benchmarks import record
 from splitkern.cli import main
 
 CSV = "id,lower,upper,size\na,0,4,16\nb,0,2,8\nc,2,4,8\n"
@@ -154,9 +157,12 @@ def test_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_placement_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problem, placed = tmp_path / "few.csv", tmp_path / "placed.csv"
     problem.write_text(CSV)
-    assert main(["plan", str(problem), "--capacity", "23", "--out", str(placed)]) == 1
-    assert "does not fit: 1 bytes too many" in told(capsys)[0]
-    assert placed.exists()  # the best that was found
+    page = tmp_path / "page.html"
+    assert main(["plan", str(problem), "--capacity", "23", "--out", str(placed), "--html", str(page)]) == 1
+    out, err = told(capsys)
+    assert "does not fit: 1 bytes too many" in out
+    assert err == f"splitkern plan: {problem} does not fit --capacity 23: 1 bytes too many, no file is written\n"
+    assert list(tmp_path.iterdir()) == [problem]
     assert main(["plan", str(problem), "--capacity", "23", "--json"]) == 1
     assert json.loads(told(capsys)[0]) == {
         "fits": False,
@@ -207,6 +213,11 @@ def test_bad_placements(tmp_path: Path, content: str, text: str, capsys: pytest.
         (["graph", "--save", "/dev/null/plan.json"], "--save /dev/null/plan.json cannot be written"),
         (["graph", "--html", "/dev/null/page.html"], "--html /dev/null/page.html cannot be written"),
         (["graph", "--offload-gbps", "-1"], "must be a number at least 0"),
+        (["few.csv", "--alignment", "9" * 22], f"must be a whole number of at most {2**63 - 1}, got '{'9' * 22}'"),
+        (["resnet18", "--batch", "9" * 20], f"must be a whole number of at most {2**20}, got '{'9' * 20}'"),
+        (["resnet18", "--image-size", "99999999999"], f"must be a whole number of at most {2**16}, got '99999999999'"),
+        (["resnet18", "--grid", "\u00b2x2"], "must be ROWSxCOLUMNS, both at least 1, such as 2x2; got"),
+        (["resnet18", "--grid", f"2x{'9' * 5000}"], "must be ROWSxCOLUMNS, both below 10^9, such as 2x2"),
     ],
 )
 def test_bad_arguments(graph: str, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,3 +305,74 @@ def test_a_capacity_beyond_64_bits_is_refused(capsys: pytest.CaptureFixture[str]
     problem.write_text(CSV)
     assert main(["plan", str(problem), "--capacity", str(2**63)]) == 2
     assert "below 2^63" in told(capsys)[1]
+
+
+def test_the_largest_alignment_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    problem = tmp_path / "few.csv"
+    problem.write_text(CSV)
+    assert main(["plan", str(problem), "--alignment", str(2**63 - 1)]) == 2
+    assert told(capsys)[1].count("\n") == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_no_part_of_a_file(
+    graph: str, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem, marked = tmp_path / "few.csv", tmp_path / "marked.json"
+    problem.write_bytes(b"\xef\xbb\xbf" + CSV.replace("\n", end).encode())
+    marked.write_bytes(b"\xef\xbb\xbf" + Path(graph).read_bytes())
+    for path in (problem, marked):
+        assert main(["plan", str(path), "--json"]) == 0, told(capsys)
+
+
+OUTPUTS = ("--save", "--graph-out", "--picture", "--html", "--trace")
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+def test_a_full_disk_keeps_the_file_that_was_there(
+    graph: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "before"
+    file.write_text("as it was")
+
+    def full(source: Path, target: Path) -> None:
+        assert Path(source).stat().st_size > 100 and file.read_text() == "as it was"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record.os, "replace", full)
+    assert main(["plan", graph, option, str(file)]) == 2
+    out, err = told(capsys)
+    assert err == f"splitkern plan: error: {option} {file} cannot be written: No space left on device\n"
+    assert "proven valid" in out, "what was planned is told all the same"
+    assert file.read_text() == "as it was"
+    assert sorted(tmp_path.iterdir()) == sorted([file, Path(graph)])
+
+
+@pytest.mark.parametrize("option", [*OUTPUTS, "--out"])
+def test_what_cannot_be_written_is_said_before_anything_is_planned(
+    graph: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr(_core, "plan", fail)
+    monkeypatch.setattr(_core, "place", fail)
+    problem = tmp_path / "few.csv"
+    problem.write_text(CSV)
+    assert main(["plan", str(problem) if option == "--out" else graph, option, str(tmp_path)]) == 2
+    assert told(capsys)[1] == f"splitkern plan: error: {option} {tmp_path} cannot be written: Is a directory\n"
+
+
+@pytest.mark.torchvision
+def test_a_batch_that_only_another_machine_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ["plan", "resnet18", "--batch", str(2**20), "--strategy", "none", "--budget", "9000000TB", "--json"]
+    assert main([*batch, "--image-size", "1024"]) == 0
+    found = json.loads(told(capsys)[0])
+    assert found["device_total_bytes"] > 2**20 * 3 * 1024**2 * 4
+    assert main([*batch, "--image-size", "65536"]) == 2
+    out, err = told(capsys)
+    assert out == "" and err.count("\n") == 1
+    assert "images of 65536x65536 pixels is 54043195528445952 bytes, more than can be addressed here" in err

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -263,3 +264,25 @@ def test_on_a_gpu(step: CapturedStep) -> None:
     assert torch.cuda.get_device_name(device) in profile.label
     rates = measure_link(device, size_bytes=8 << 20, rounds=2)
     assert min(rates.offload_computing_gbps, rates.prefetch_computing_gbps) > 0
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_folder_that_is_no_good_costs_one_warning_each_way(tmp_path: Path, is_file: bool) -> None:
+    """A step has hundreds of operations."""
+    keys = [{"call": str(number)} for number in range(20)]
+    cache = DurationCache(tmp_path / "folder")
+    if is_file:
+        (tmp_path / "folder").write_text("")
+    else:
+        for key in keys:
+            cache.put(key, MEASURED)
+        for file in cache.folder.rglob("*.json"):
+            file.write_text("damaged")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for key in keys:
+            assert cache.get(key) is None
+            cache.put(key, MEASURED)
+    texts = [str(one.message) for one in told]
+    assert len(texts) == 1 + is_file and all(str(cache.folder) in text for text in texts)
+    assert told[0].filename == __file__
