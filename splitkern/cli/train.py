@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 from splitkern.cli.common import UserError, grid, integer, mib, number, require, table
 
 if TYPE_CHECKING:
-    from splitkern.training import BudgetOptions, Progress, RunResult, TrainOptions
+    from splitkern.training import BudgetOptions, Progress, RunResult, SplitOptions, TrainOptions
 
 _CHECKPOINTS = {"split": "checkpoint.pt", "unsplit": "baseline.pt"}
+_PLOT, _RECORD = "live_bytes.png", "results.json"
+# None where they weren't given, so that one given in vain is noticed.
+_SPLIT_ARGUMENTS = ("grid", "until", "depth", "boundary", "wiggle", "norm", "order", "recompute", "evaluation")
 _MODELS_TEXT = "vgg11, 13, 16, 19 (each also with _bn), resnet18, 34, 50, 101, 152"
 
 
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     split = parser.add_argument_group("how to split")
-    split.add_argument("--grid", type=grid, default=(2, 2), metavar="RxC", help="patches per axis (default 2x2)")
+    split.add_argument("--grid", type=grid, metavar="RxC", help="patches per axis (default 2x2)")
     where = split.add_mutually_exclusive_group()
     where.add_argument(
         "--until",
@@ -65,28 +70,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the window modules that is split, instead of --until",
     )
-    split.add_argument("--boundary", default="zero", choices=("zero", "stochastic", "halo"))
+    split.add_argument("--boundary", choices=("zero", "stochastic", "halo"), help="default zero")
     split.add_argument(
         "--wiggle",
         type=number(at_least=0, below=0.5),
-        default=0.2,
         metavar="W",
         help="wiggle room of stochastic boundaries (default 0.2)",
     )
     split.add_argument(
         "--norm",
-        default="patch",
         choices=("patch", "image", "frozen"),
         help="how BatchNorm sees patches (default patch)",
     )
-    split.add_argument("--order", default="patch", choices=("patch", "layer"))
+    split.add_argument("--order", choices=("patch", "layer"), help="default patch")
     split.add_argument(
         "--recompute",
         action=argparse.BooleanOptionalAction,
-        default=None,
         help="recompute activations in backward (default: yes with --order patch)",
     )
-    split.add_argument("--evaluation", default="unsplit", choices=("unsplit", "split"), help="how the test set is seen")
+    split.add_argument("--evaluation", choices=("unsplit", "split"), help="how the test set is seen (default unsplit)")
     split.add_argument("--no-split", action="store_true", help="train the unsplit model only")
     split.add_argument("--compare", action="store_true", help="also train the unsplit model, from the same weights")
 
@@ -128,30 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, writes the results and prints them."""
-    if args.no_split and args.compare:
-        raise UserError("--compare needs a split model beside the baseline, so it excludes --no-split")
+    _refuse_vain(args)
     require("torchvision", "tqdm", "matplotlib", *(["sklearn"] if args.data == "digits" else []))
     import torch
 
-    from splitkern.training import CheckpointError, DataError, OptionsError, SplitOptions, TrainOptions, default_until
+    from splitkern.training import CheckpointError, DataError, OptionsError, TrainOptions
     from splitkern.training.data import DEFAULT_IMAGE_SIZE
 
-    until = args.until if args.until or args.depth else default_until(args.model)
-    if until == "layer2" and args.until is None and args.data == "digits":
-        # On images as small as the digits, a later join costs accuracy: patches are then mostly border.
-        until = "layer1"
-    recompute = args.order == "patch" if args.recompute is None else args.recompute
-    split = SplitOptions(
-        grid=args.grid,
-        until=until,
-        depth=args.depth,
-        boundary=args.boundary,
-        wiggle=args.wiggle,
-        norm=args.norm,
-        order=args.order,
-        recompute=recompute,
-        evaluation=args.evaluation,
-    )
     options = TrainOptions(
         model=args.model,
         data=args.data,
@@ -163,21 +148,51 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         memory_format=args.memory_format,
         workers=args.workers,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        split=None if args.no_split else split,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device,
+        split=None if args.no_split else _split(args),
         budget=_budget(args),
     )
     try:
-        results = _train_all(args, options)
-        record = _write(args.out, options, results)
+        with _output_folder(args.out):
+            results = _train_all(args, options)
+            record = _write(args.out, options, results)
     except (OptionsError, DataError, CheckpointError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if args.json:
-        print(json.dumps(record, indent=2))
+        print(json.dumps(record, indent=2, allow_nan=False))
     else:
         print(_table(results))
-        print(f"\nin {args.out}: live_bytes.png, results.json, {', '.join(_CHECKPOINTS[name] for name in results)}")
+        print(f"\nin {args.out}: {_PLOT}, {_RECORD}, {', '.join(_CHECKPOINTS[name] for name in results)}")
     return 0
+
+
+def _refuse_vain(args: argparse.Namespace) -> None:
+    """Raises UserError for options that others leave without effect."""
+    if args.no_split and args.compare:
+        raise UserError("--compare needs a split model beside the baseline, so it excludes --no-split")
+    given = [name for name in _SPLIT_ARGUMENTS if getattr(args, name) is not None]
+    if args.no_split and given:
+        shown = ["no-recompute" if name == "recompute" and not args.recompute else name for name in given]
+        names = ", ".join(f"--{name}" for name in shown)
+        raise UserError(f"--no-split trains the unsplit model only, so it excludes {names}")
+    if args.until == "":
+        raise UserError("--until must name a module of the model, got ''")
+    if args.wiggle is not None and args.boundary != "stochastic":
+        raise UserError(f"--wiggle needs --boundary stochastic, got --boundary {args.boundary or 'zero'}")
+    if args.root is not None and args.data == "digits":
+        raise UserError(f"--data digits comes with scikit-learn and excludes --root, got --root {args.root}")
+
+
+def _split(args: argparse.Namespace) -> SplitOptions:
+    from splitkern.training import SplitOptions, default_until
+
+    given = {name: value for name in _SPLIT_ARGUMENTS if (value := getattr(args, name)) is not None}
+    split = SplitOptions(**given)
+    if args.until is None and args.depth is None:
+        until = default_until(args.model)
+        # On images as small as the digits, a later join costs accuracy: patches are then mostly border.
+        split = replace(split, until="layer1" if until == "layer2" and args.data == "digits" else until)
+    return split if args.recompute is not None else replace(split, recompute=split.order == "patch")
 
 
 def _budget(args: argparse.Namespace) -> BudgetOptions | None:
@@ -199,6 +214,32 @@ def _budget(args: argparse.Namespace) -> BudgetOptions | None:
     return BudgetOptions(sizes["budget"], sizes["host_budget"], args.strategy or "default")
 
 
+@contextmanager
+def _output_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder, and tries that files can be written to it: training shall not be in vain.
+
+    What it made and what is still empty at the end, because something was refused, is removed again.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".splitkern-", buffering=0) as file:
+                file.write(b"x")
+        except OSError as error:
+            reason = "is no folder" if isinstance(error, FileExistsError) else f"cannot be written: {error.strerror}"
+            raise UserError(f"--out {folder} {reason}") from error
+        for name in (*_CHECKPOINTS.values(), _PLOT, _RECORD):
+            if (folder / name).is_dir():
+                raise UserError(f"--out {folder} cannot be written: {name} in it is a folder")
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
 def _train_all(args: argparse.Namespace, options: TrainOptions) -> dict[str, RunResult]:
     """The runs, unsplit first where both were made."""
     from splitkern.training import load_data, train
@@ -206,11 +247,11 @@ def _train_all(args: argparse.Namespace, options: TrainOptions) -> dict[str, Run
 
     check_options(options)
     data = load_data(options.data, image_size=options.image_size, root=args.root)
-    args.out.mkdir(parents=True, exist_ok=True)
     runs = {"split" if options.split else "unsplit": options}
     if args.compare:
         runs["unsplit"] = replace(options, split=None, budget=None)
     results = {}
+    before = {path: _stamp(path) for path in (args.out / _CHECKPOINTS[name] for name in runs)}
     for name, run_options in runs.items():
         checkpoint = args.out / _CHECKPOINTS[name]
         bar = _progress_bar(name)
@@ -219,16 +260,29 @@ def _train_all(args: argparse.Namespace, options: TrainOptions) -> dict[str, Run
         try:
             results[name] = train(run_options, data, checkpoint=checkpoint, resume=args.resume, progress=bar)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_resume_hint(checkpoint)) from None
+            raise KeyboardInterrupt(_resume_hint(before, resume=args.resume)) from None
         finally:
             bar.end()
     return dict(sorted(results.items(), reverse=True))
 
 
-def _resume_hint(checkpoint: Path) -> str:
-    if not checkpoint.exists():
-        return "no epoch was finished, so there is no checkpoint yet"
-    return f"the last finished epoch is in {checkpoint}; go on with the same command and --resume"
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes with every file that is put in place; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _resume_hint(before: Mapping[Path, tuple[int, int] | None], *, resume: bool) -> str:
+    """Names the checkpoints to go on from. A file that this command neither wrote nor was to read is another run's."""
+    reached = [
+        str(path) for path, stamp in before.items() if (now := _stamp(path)) is not None and (resume or now != stamp)
+    ]
+    if not reached:
+        return "no epoch was finished, so this run has no checkpoint"
+    return f"the finished epochs are in {' and '.join(reached)}; go on with the same command and --resume"
 
 
 def _progress_bar(name: str) -> Progress:
@@ -279,7 +333,6 @@ def _write(folder: Path, options: TrainOptions, results: dict[str, RunResult]) -
         where = options.split.until or f"depth {options.split.depth:g}"
         title += f", grid {rows}×{columns} until {where}, order {options.split.order}"
         title += ", recomputed" if options.split.recompute else ""
-    plot_live_bytes(folder / "live_bytes.png", curves, title=title)
     record: dict[str, Any] = {
         "options": asdict(options),
         "machine": {
@@ -294,15 +347,31 @@ def _write(folder: Path, options: TrainOptions, results: dict[str, RunResult]) -
     if len(results) == 2:
         unsplit, split = results["unsplit"], results["split"]
         record["split_to_unsplit"] = {
-            "peak_bytes": split.peak_bytes / unsplit.peak_bytes,
-            "total_peak_bytes": split.total_peak_bytes / unsplit.total_peak_bytes,
-            "device_peak_bytes": split.device_peak_bytes / unsplit.device_peak_bytes,
-            "median_step_ms": split.median_step_ms / unsplit.median_step_ms,
+            name: _ratio(getattr(split, name), getattr(unsplit, name))
+            for name in ("peak_bytes", "total_peak_bytes", "device_peak_bytes", "median_step_ms")
         }
-    temporary = folder / "results.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, folder / "results.json")
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    try:
+        _write_whole(folder / _PLOT, lambda path: plot_live_bytes(path, curves, title=title))
+        _write_whole(folder / _RECORD, lambda path: path.write_text(text))
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror or error}") from error
     return record
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file by way of another one, so that there is the old content or the new one, and no part of it."""
+    temporary = path.with_name(f".{path.name}")  # the suffix tells matplotlib the format
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _ratio(split: float | None, unsplit: float | None) -> float | None:
+    return None if split is None or unsplit is None else split / unsplit
 
 
 def _table(results: dict[str, RunResult]) -> str:
@@ -316,7 +385,7 @@ def _table(results: dict[str, RunResult]) -> str:
         ["  beside it: input batch", *(mib(run.input_bytes) for run in runs)],
         ["all device memory of a step, measured", *(mib(run.device_peak_bytes) for run in runs)],
         *_plan_rows(runs),
-        ["step time, median", *(f"{run.median_step_ms:.1f} ms" for run in runs)],
+        ["step time, median", *("-" if (ms := run.median_step_ms) is None else f"{ms:.1f} ms" for run in runs)],
     ]
     header = ["", *results]
     if len(runs) == 2:
@@ -326,9 +395,10 @@ def _table(results: dict[str, RunResult]) -> str:
             "peak live bytes of a step": split.peak_bytes / unsplit.peak_bytes,
             "  with parameter gradients": split.total_peak_bytes / unsplit.total_peak_bytes,
             "all device memory of a step, measured": split.device_peak_bytes / unsplit.device_peak_bytes,
-            "step time, median": split.median_step_ms / unsplit.median_step_ms,
+            "step time, median": _ratio(split.median_step_ms, unsplit.median_step_ms),
         }
-        rows = [[*row, f"{ratios[row[0]]:.3f}" if row[0] in ratios else ""] for row in rows]
+        texts = {label: "-" if ratio is None else f"{ratio:.3f}" for label, ratio in ratios.items()}
+        rows = [[*row, texts.get(row[0], "")] for row in rows]
     return table(header, rows)
 
 

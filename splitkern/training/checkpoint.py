@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,11 +11,21 @@ import torch
 
 _FORMAT = "splitkern-train"
 _VERSION = 1
-_KEYS = ("arguments", "split", "epoch", "model", "optimizer", "scheduler", "scaler", "rng", "record")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "arguments": (dict,),
+    "split": (dict, type(None)),
+    "epoch": (int,),
+    "model": (dict,),
+    "optimizer": (dict,),
+    "scheduler": (dict,),
+    "scaler": (dict,),
+    "rng": (dict,),
+    "record": (dict,),
+}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the reason."""
+    """A checkpoint that cannot be used or written; the message names the file and the reason."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -23,13 +34,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Args:
         path: the file.
         state: tensors, numbers, strings, and lists, tuples and dicts of them, under the keys of a training run.
+
+    Raises:
+        CheckpointError: where the file cannot be written, such as on a full disk. No part of it stays.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": _FORMAT, "version": _VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": _FORMAT, "version": _VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise CheckpointError(f"checkpoint {path} cannot be written: {reason}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -49,9 +71,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} has format version {state.get('version')}, this splitkern reads version {_VERSION}"
         )
-    missing = [key for key in _KEYS if key not in state]
+    missing = [key for key in _TYPES if key not in state]
     if missing:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
+    for key, types in _TYPES.items():
+        if not isinstance(state[key], types):
+            kind = type(state[key]).__name__
+            raise CheckpointError(f"checkpoint {path} is damaged: its {key} is of type {kind}, not {types[0].__name__}")
     return state
 
 

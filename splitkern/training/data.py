@@ -6,7 +6,7 @@ seed and the epoch alone, so that a resumed run sees the batches that the uninte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class ImageData:
 
     def train_batches(self, batch: int, *, seed: int, epoch: int, workers: int = 0) -> DataLoader[Any]:
         """Batches of one epoch, shuffled by (seed, epoch); an incomplete last batch is left out."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         return DataLoader(
             self.train,
             batch_size=batch,
@@ -68,6 +68,14 @@ class ImageData:
         return DataLoader(
             self.test, batch_size=batch, generator=generator, num_workers=workers, collate_fn=self.collate
         )
+
+
+def read(batches: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches; an error of a worker process is the one of this process, without the worker's traceback."""
+    try:
+        yield from batches
+    except DataError as error:
+        raise DataError(str(error).rpartition(f"{__name__}.{DataError.__qualname__}: ")[2].strip()) from error
 
 
 def load_data(name: str, *, image_size: int, root: Path | None = None) -> ImageData:
@@ -161,11 +169,15 @@ def _load_folder(root: Path, image_size: int) -> ImageData:
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise DataError(f"data folder {root} must hold the folders train and val, {root / part} cannot be read")
-    try:
-        train = datasets.ImageFolder(str(root / "train"), v2.Compose([*augment, *last]), loader=_read_image)
-        test = datasets.ImageFolder(str(root / "val"), v2.Compose([*crop, *last]), loader=_read_image)
-    except FileNotFoundError as error:
-        raise DataError(f"data folder {root} holds no images of the form train/CLASS/NAME.jpg: {error}") from error
+
+    def images(part: str, transforms: list[Any]) -> Any:
+        folder = root / part
+        try:
+            return datasets.ImageFolder(str(folder), v2.Compose(transforms), loader=_read_image)
+        except FileNotFoundError as error:
+            raise DataError(f"data folder {folder} lacks images of the form CLASS/NAME.jpg: {error}") from error
+
+    train, test = images("train", [*augment, *last]), images("val", [*crop, *last])
     if train.classes != test.classes:
         unmatched = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"data folder {root}: train and val must hold the same classes, unmatched: {unmatched[:5]}")
@@ -178,5 +190,5 @@ def _read_image(path: str) -> Any:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # damaged or hostile files make Pillow raise many types
         raise DataError(f"image {path} cannot be read: {error}") from error

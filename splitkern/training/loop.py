@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import random
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from splitkern.memory.live_bytes import LiveBytes
 from splitkern.memory.step_bytes import StepBytes
 from splitkern.training.budget import BudgetOptions, evaluation_batch, plan_training
 from splitkern.training.checkpoint import CheckpointError, describe_difference, load_checkpoint, save_checkpoint
-from splitkern.training.data import Batch, ImageData
+from splitkern.training.data import Batch, ImageData, read
 
 MODEL_NAMES = (
     *(f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")),
@@ -34,6 +35,9 @@ MODEL_NAMES = (
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PARAMETER_GRADIENTS = "parameter gradients"
+
+_LARGEST = 2**31 - 1  # of sizes and counts: more overflows somewhere below
+_LARGEST_SEED = 2**63 - 1
 
 
 class OptionsError(ValueError):
@@ -85,6 +89,11 @@ class TrainOptions:
             del values[name]
         return values
 
+    def conditions(self) -> dict[str, Any]:
+        """What the measured time and bytes depend on beyond that, in types that a checkpoint can hold."""
+        budget = (None, None, None) if self.budget is None else dataclasses.astuple(self.budget)
+        return {"device": self.device, **dict(zip(("budget", "host_budget", "strategy"), budget, strict=True))}
+
 
 @dataclass
 class RunResult:
@@ -122,15 +131,26 @@ class RunResult:
     backward_ms: float = 0.0
 
     @property
-    def median_step_ms(self) -> float:
-        """Median duration of a training step, in milliseconds."""
-        return median(self.step_ms) if self.step_ms else float("nan")
+    def median_step_ms(self) -> float | None:
+        """Median duration of a training step, in milliseconds; None if the measured step was the only one."""
+        return median(self.step_ms) if self.step_ms else None
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the timeline, for JSON."""
+        """Everything but the timeline, for JSON, which has no infinity and no NaN: None is in their place."""
         values = dataclasses.asdict(self)
         del values["timeline"], values["step_ms"], values["backward_ms"]
+        values["loss"] = [loss if math.isfinite(loss) else None for loss in self.loss]
         return {**values, "median_step_ms": self.median_step_ms}
+
+    def unmeasured(self) -> RunResult:
+        """The same without what was measured of steps."""
+        return RunResult(
+            accuracy=self.accuracy,
+            accuracy_unsplit=self.accuracy_unsplit,
+            accuracy_split=self.accuracy_split,
+            loss=self.loss,
+            plan=self.plan,
+        )
 
 
 class Progress:
@@ -193,14 +213,16 @@ def check_options(options: TrainOptions) -> None:
     if options.precision == "fp16" and device.type == "cpu":
         raise OptionsError("precision fp16 needs a GPU (gradients are scaled on the device); on the CPU take bf16")
     for name in ("image_size", "batch", "epochs"):
-        if getattr(options, name) < 1:
-            raise OptionsError(f"{name} must be at least 1, got {getattr(options, name)}")
+        if not 1 <= getattr(options, name) <= _LARGEST:
+            raise OptionsError(f"{name} must be from 1 to {_LARGEST}, got {getattr(options, name)}")
+    if not 0 <= options.seed <= _LARGEST_SEED:
+        raise OptionsError(f"seed must be from 0 to {_LARGEST_SEED}, got {options.seed}")
     if not options.lr > 0:
         raise OptionsError(f"lr must be above 0, got {options.lr}")
     if options.model not in MODEL_NAMES:
         raise OptionsError(f"model must be one of {', '.join(MODEL_NAMES)}, got {options.model!r}")
-    images = torch.empty(2, 3, options.image_size, options.image_size, device="meta")
     try:
+        images = torch.empty(2, 3, options.image_size, options.image_size, device="meta")
         build_model(options.model, class_count=2, device="meta")(images)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -262,6 +284,7 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "rng": rng,
             "record": dataclasses.asdict(self.result),
+            "conditions": self.options.conditions(),
         }
 
     def restore(self, path: Path) -> None:
@@ -291,14 +314,29 @@ class _Run:
             random.setstate(state["rng"]["python"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = " ".join(str(error).splitlines()[:1]) or type(error).__name__
             raise CheckpointError(f"checkpoint {path} does not fit this model: {reason}") from error
+        self._check_conditions(path, state.get("conditions"))
+
+    def _check_conditions(self, path: Path, saved: Any) -> None:
+        """Figures of one run are of one device and budget: those of others are forgotten, and measured again."""
+        difference = describe_difference(saved if isinstance(saved, dict) else {}, self.options.conditions())
+        if difference is None:
+            return
+        if self.epoch >= self.options.epochs:
+            raise CheckpointError(
+                f"checkpoint {path} is of a finished run, measured with {difference[0]}; these arguments ask for "
+                f"{difference[1]}, but no step is left to measure"
+            )
+        self.result = self.result.unmeasured()
 
     def train_epoch(self, progress: Progress) -> float:
         self.model.train()
         options = self.options
-        batches = self.data.train_batches(options.batch, seed=options.seed, epoch=self.epoch, workers=options.workers)
+        batches = read(
+            self.data.train_batches(options.batch, seed=options.seed, epoch=self.epoch, workers=options.workers)
+        )
         # The second step: the first one also allocates the optimizer's state.
         measured = min(1, self.steps - 1) if not self.result.timeline else -1
         losses = []
@@ -358,7 +396,7 @@ class _Run:
             with self._autocast():
                 images = evaluation_batch(model, self.optimizer, self._blank(1), options.budget, images)
         with torch.inference_mode():
-            for batch in self.data.test_batches(images, workers=options.workers):
+            for batch in read(self.data.test_batches(images, workers=options.workers)):
                 inputs, classes = self._to_device(batch)
                 with self._autocast():
                     scores = model(inputs)
@@ -368,8 +406,11 @@ class _Run:
 
     def _step(self, images: torch.Tensor, classes: torch.Tensor, live: LiveBytes | None = None) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss = functional.cross_entropy(self.model(images), classes)
+        try:
+            with self._autocast():
+                loss = functional.cross_entropy(self.model(images), classes)
+        except ValueError as error:  # of a BatchNorm that is left with one value per channel
+            raise OptionsError(f"batch {len(images)} of image_size {self.options.image_size}: {error}") from error
         if live is not None:
             live.mark("backward")
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -437,11 +478,29 @@ def train(
         progress: told of steps and epochs.
 
     Raises:
-        OptionsError: for options that cannot work; the text of `split_` or `compile` where it refuses.
-        CheckpointError: for a checkpoint that is damaged or belongs to other options.
+        OptionsError: for options that cannot work, for want of memory also; the text of `split_` or `compile` where it
+            refuses.
+        CheckpointError: for a checkpoint that is damaged, belongs to other options or cannot be written.
+        DataError: for an image that cannot be read.
     """
     check_options(options)
-    progress = progress or Progress()
+    try:
+        return _train(options, data, checkpoint, resume, progress or Progress())
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).splitlines()[:1]) or type(error).__name__
+        raise OptionsError(
+            f"memory does not suffice for batch {options.batch} of image_size {options.image_size}: {reason}"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _train(options: TrainOptions, data: ImageData, checkpoint: Path, resume: bool, progress: Progress) -> RunResult:
     run = _Run(options, data, progress)
     if resume and checkpoint.exists():
         run.restore(checkpoint)

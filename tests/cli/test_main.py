@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -74,6 +77,31 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys
         assert "needs torchvision" in error
         assert "pip install 'splitkern[demo]'" in error
         assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "splitkern", "--version"], stdout=full, stderr=PIPE, text=True, env=environment
+        )
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("splitkern: error: ")
+    assert line.endswith("No space left on device")
+
+
+def test_output_that_nobody_reads() -> None:
+    command = [sys.executable, "-m", "splitkern", "train", "--help"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr as errors:
+        assert errors.read() == ""
+    assert process.wait() == 1
 
 
 def test_require_passes_over_what_is_there() -> None:

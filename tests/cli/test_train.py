@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import Subset
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -18,7 +21,8 @@ from tests.training.small import small_data
 
 pytestmark = pytest.mark.torchvision
 
-SMALL = ["--image-size", "32", "--batch", "16", "--epochs", "2", "--until", "layer1", "--device", "cpu"]
+UNSPLIT = ["--image-size", "32", "--batch", "16", "--epochs", "2", "--device", "cpu"]
+SMALL = [*UNSPLIT, "--until", "layer1"]
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def test_budget(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_budget_that_is_too_small(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--no-split", "--out", str(tmp_path), *SMALL, "--budget", "20MiB"]) == 2
+    assert main(["train", "--out", str(tmp_path / "out"), *SMALL, "--budget", "20MiB"]) == 2
     error = capsys.readouterr().err
     assert "the smallest that would do is" in error
     assert "Traceback" not in error
@@ -103,11 +107,12 @@ def test_second_run_and_resume(few_digits: None, tmp_path: Path, capsys: pytest.
 
 
 def test_no_split(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--no-split", "--out", str(tmp_path), *SMALL, "--epochs", "1"]) == 0
+    assert main(["train", "--no-split", "--out", str(tmp_path), *UNSPLIT, "--epochs", "1"]) == 0
     assert "split/unsplit" not in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "baseline.pt")["split"] is None
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "beside the checkpoint of an earlier run"])
 @pytest.mark.parametrize("at_step", [2, 5])
 def test_interruption_keeps_the_checkpoint_and_says_how_to_go_on(
     few_digits: None,
@@ -115,8 +120,14 @@ def test_interruption_keeps_the_checkpoint_and_says_how_to_go_on(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     at_step: int,
+    earlier: bool,
 ) -> None:
     from splitkern.training import loop
+
+    out = tmp_path / "out"
+    if earlier:
+        out.mkdir()
+        (out / "checkpoint.pt").write_text("of another run")
 
     steps = 0
     real_step = loop._Run._step
@@ -129,18 +140,22 @@ def test_interruption_keeps_the_checkpoint_and_says_how_to_go_on(
         return real_step(self, *args)
 
     monkeypatch.setattr(loop._Run, "_step", interrupted_step)
-    assert main(["train", "--out", str(tmp_path), *SMALL]) == 130
+    assert main(["train", "--out", str(out), *SMALL]) == 130
     error = capsys.readouterr().err
     assert "Traceback" not in error
     if at_step == 2:
         assert "no epoch was finished" in error
-        assert list(tmp_path.iterdir()) == []
+        assert list(out.iterdir() if earlier else tmp_path.iterdir()) == ([out / "checkpoint.pt"] if earlier else [])
     else:
-        assert "go on with the same command and --resume" in error
-        assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
+        hint = f"the finished epochs are in {out / 'checkpoint.pt'}; go on with the same command and --resume"
+        assert hint in error
+        assert load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
+        steps = at_step - 2
+        assert main(["train", "--out", str(out), *SMALL, "--resume"]) == 130
+        assert hint in capsys.readouterr().err, "also where the resumed run finished no epoch of its own"
         monkeypatch.setattr(loop._Run, "_step", real_step)
-        assert main(["train", "--out", str(tmp_path), *SMALL, "--resume"]) == 0
-        assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+        assert main(["train", "--out", str(out), *SMALL, "--resume"]) == 0
+        assert load_checkpoint(out / "checkpoint.pt")["epoch"] == 2
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -169,20 +184,88 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--grid", "40x40"], "40"),
         (["--order", "layer", "--recompute"], "recompute=True with order='layer'"),
         (["--norm", "image"], "norm='image' with order='patch'"),
+        (["--no-split", "--grid", "2x2", "--until", "layer1"], "so it excludes --grid, --until"),
+        (["--no-split", "--boundary", "zero", "--no-recompute"], "so it excludes --boundary, --no-recompute"),
+        (["--no-split", "--norm", "patch", "--evaluation", "split"], "so it excludes --norm, --evaluation"),
+        (["--no-split", "--depth", "0.5", "--order", "patch"], "so it excludes --depth, --order"),
+        (["--wiggle", "0.1"], "--wiggle needs --boundary stochastic, got --boundary zero"),
+        (["--until", ""], "--until must name a module of the model, got ''"),
+        (["--root", "nowhere"], "--data digits comes with scikit-learn and excludes --root, got --root nowhere"),
+        (["--device", ""], "device must be cpu, cuda or cuda:N, got ''"),
+        (["--batch", "1", "--image-size", "32", "--device", "cpu"], "batch 1 of image_size 32: Expected more than 1"),
+        (["--seed", str(2**63)], "seed must be from 0"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main(["train", "--out", str(tmp_path / "deep" / "out"), *arguments]) == 2
     assert message in one_line(capsys)
+    assert list(tmp_path.iterdir()) == [], "no empty folder stays"
 
 
 def test_out_that_is_a_file(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out"
     path.write_text("a file")
     assert main(["train", "--out", str(path), *SMALL]) == 2
-    assert str(path) in one_line(capsys)
+    assert f"--out {path} is no folder" in one_line(capsys)
+    assert main(["train", "--out", str(path / "below"), *SMALL]) == 2
+    assert f"--out {path / 'below'} cannot be written: Not a directory" in one_line(capsys)
+    assert path.read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint.pt", "results.json"])
+def test_out_that_cannot_be_written_is_found_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(splitkern.training, "load_data", load)
+    out = Path("/proc") if name == "" else tmp_path  # nobody can make files in /proc, root can't either
+    if name:
+        (tmp_path / name).mkdir()
+    assert main(["train", "--out", str(out), *SMALL]) == 2
+    assert f"--out {out} cannot be written: {name}" in one_line(capsys)
+
+
+def test_full_disk(
+    few_digits: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--no-split", "--out", str(tmp_path / "out"), *UNSPLIT, "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert main(command) == 2
+        assert f"--out {tmp_path / 'out'} cannot be written: No space left" in one_line(capsys)
+        assert list(tmp_path.iterdir()) == []
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "baseline.pt.tmp").symlink_to("/dev/full")
+    assert main(command) == 2
+    assert f"checkpoint {out / 'baseline.pt'} cannot be written: No space left on device" in one_line(capsys)
+    assert list(out.iterdir()) == []
+    (out / ".results.json").symlink_to("/dev/full")
+    assert main(command) == 2
+    assert f"--out {out} cannot be written: No space left on device" in one_line(capsys)
+    assert sorted(path.name for path in out.iterdir()) == ["baseline.pt", "live_bytes.png"]
+
+
+def test_one_step_has_no_median(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data()
+    few = dataclasses.replace(data, train=Subset(data.train, range(16)))
+    monkeypatch.setattr(splitkern.training, "load_data", lambda *_, **__: few)
+    command = ["train", "--compare", "--out", str(tmp_path), *SMALL, "--epochs", "1"]
+    assert main(command) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step time, median")]
+    assert row.split() == ["step", "time,", "median", "-", "-", "-"]
+    assert main([*command, "--json"]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "results.json").read_text()):
+        assert "NaN" not in text
+        record = json.loads(text)
+        assert record["results"]["split"]["median_step_ms"] is None
+        assert record["split_to_unsplit"]["median_step_ms"] is None
 
 
 def test_damaged_checkpoint(few_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

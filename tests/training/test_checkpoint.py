@@ -45,7 +45,21 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint(path, {**state(), "model": lambda: None})
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
     assert load_checkpoint(path)["epoch"] == 3
+
+
+def test_a_full_disk_is_one_line_and_no_part_stays(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, state())
+    before = path.read_bytes()
+    (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt cannot be written: No space left on device$"):
+        save_checkpoint(path, {**state(), "model": {"weight": torch.zeros(1 << 20)}})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(CheckpointError, match=r"c\.pt cannot be written: Not a directory$"):
+        save_checkpoint(path / "c.pt", state())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
@@ -85,6 +99,16 @@ def test_other_version_and_missing_parts(tmp_path: Path) -> None:
         load_checkpoint(path)
     torch.save({"format": "splitkern-train", "version": 1, "epoch": 2}, path)
     with pytest.raises(CheckpointError, match="lacks arguments, split, model"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", ["arguments", "split", "epoch", "model", "optimizer", "scaler", "rng", "record"])
+def test_parts_of_another_type(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {**state(), part: [1, 2]})
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoint\.pt is damaged: its {part} is of type list, not (dict|int)"
+    ):
         load_checkpoint(path)
 
 

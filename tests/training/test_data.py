@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from splitkern.training import DataError, load_data
+from splitkern.training.data import read
 
 pytest.importorskip("sklearn")
 
@@ -45,6 +48,7 @@ def test_batches_depend_on_seed_and_epoch_alone() -> None:
     assert classes(0, 1) != classes(0, 2)
     assert classes(0, 1) != classes(1, 1)
     assert len(classes(0, 0)) == 1400
+    assert classes(2**63 - 1, 1) == classes(2**63 - 1, 1), "a seed beyond what fits with its epoch in 64 bits"
 
 
 def test_batches_leave_the_global_generator_alone() -> None:
@@ -116,15 +120,41 @@ def test_folder_with_unmatched_classes(tmp_path: Path) -> None:
 def test_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "val").mkdir()
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match=r"train lacks images of the form CLASS/NAME\.jpg: .*classes cat"):
+        load_data("imagenet-folder", image_size=16, root=tmp_path)
+    (tmp_path / "train" / "cat").rmdir()
+    write_images(tmp_path / "train" / "cat", 1, 16)
+    (tmp_path / "val" / "cat").mkdir()
+    with pytest.raises(DataError, match=r"val lacks images of the form CLASS/NAME\.jpg: .*classes cat"):
         load_data("imagenet-folder", image_size=16, root=tmp_path)
 
 
+def large_png() -> bytes:
+    """One that claims to be of 30000x30000 pixels, from which Pillow protects its user."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
 @pytest.mark.torchvision
-def test_damaged_image_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"\x89PNG no more", "cannot identify image file"), (large_png(), "decompression bomb")],
+    ids=["damaged", "bomb"],
+)
+def test_unreadable_image_is_named(tmp_path: Path, content: bytes, reason: str, workers: int) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / part / "cat", 2, 40)
-    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"\x89PNG no more")
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(content)
     data = load_data("imagenet-folder", image_size=32, root=tmp_path)
-    with pytest.raises(DataError, match=r"1\.png cannot be read"):
-        list(data.train_batches(2, seed=0, epoch=0))
+    with pytest.raises(DataError) as caught:
+        list(read(data.train_batches(2, seed=0, epoch=0, workers=workers)))
+    message = str(caught.value)
+    assert message.startswith(f"image {tmp_path}/train/cat/1.png cannot be read: ")
+    assert reason in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) == 1

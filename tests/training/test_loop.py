@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
 pytest.importorskip("sklearn")
 
@@ -103,7 +105,7 @@ def test_under_a_budget_interrupted_and_resumed_the_weights_are_the_same(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         train(tight, data, checkpoint=planned, progress=progress)
     assert "recomputed" in progress.told
-    # Another budget may go on: weights do not depend on it.
+    # Another budget may go on: weights do not depend on it, and figures are measured again.
     result = train(dataclasses.replace(options, budget=BudgetOptions(1 << 30)), data, checkpoint=planned, resume=True)
     expected = train(options, data, checkpoint=plain)
     assert result.loss == expected.loss
@@ -112,8 +114,16 @@ def test_under_a_budget_interrupted_and_resumed_the_weights_are_the_same(tmp_pat
         assert torch.equal(value, load_checkpoint(plain)["model"][name]), name
     assert result.plan is not None
     assert result.plan["is_left_alone"], "the plan of the run that went on"
-    assert result.device_peak_bytes <= smallest + (1 << 18), "measured in the first epoch, under the first budget"
+    assert smallest + (1 << 18) < result.device_peak_bytes <= 1 << 30, "measured in the epoch under the second budget"
+    assert result.plan["arena_bytes"] <= result.peak_bytes == max(live for _, live in result.timeline)
+    assert len(result.step_ms) == 2, "the unmeasured steps of that epoch"
+    assert len(result.loss) == 2
     assert expected.plan is None
+    message = (
+        r"finished run, measured with budget=1073741824, strategy='default'; .* for budget=None, strategy=None, but"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train(options, data, checkpoint=planned, resume=True)
 
 
 def test_evaluation_under_a_budget_takes_what_fits_beside_the_arena() -> None:
@@ -136,6 +146,17 @@ def test_resume_of_a_finished_run_trains_no_more(tmp_path: Path) -> None:
     second = train(options, small_data(), checkpoint=path, resume=True)
     assert path.stat().st_mtime_ns == written
     assert second == first
+
+
+def test_one_step_and_a_loss_that_diverges_have_no_nan_in_json(tmp_path: Path) -> None:
+    data = dataclasses.replace(small_data(), train=Subset(small_data().train, range(16)))
+    options = small_options(epochs=1, lr=1e300)
+    summary = train(options, data, checkpoint=tmp_path / "one.pt").summary()
+    assert summary["median_step_ms"] is None
+    json.dumps(summary, allow_nan=False)
+    summary = train(options, small_data(), checkpoint=tmp_path / "three.pt").summary()
+    assert summary["loss"] == [None]
+    json.dumps(summary, allow_nan=False)
 
 
 def test_measures_a_step(tmp_path: Path) -> None:
@@ -218,7 +239,14 @@ def test_bf16_trains(tmp_path: Path, memory_format: str) -> None:
         ({"precision": "fp8"}, "fp32, bf16, fp16, got 'fp8'"),
         ({"device": "tpu"}, "cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "meta"}, "cpu, cuda or cuda:N, got 'meta'"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be from 1 to 2147483647, got 0"),
+        ({"batch": 10**22}, "batch must be from 1 to 2147483647, got 1000"),
+        ({"image_size": 10**30}, "image_size must be from 1 to 2147483647, got 1000"),
+        ({"image_size": 2**31 - 1}, "resnet18 takes no images of 2147483647 pixels"),
+        ({"image_size": 10**7, "split": SPLIT}, "memory does not suffice for batch 16 of image_size 10000000: "),
+        ({"seed": 2**63}, f"seed must be from 0 to {2**63 - 1}, got {2**63}"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"batch": 1}, "batch 1 of image_size 32: Expected more than 1 value per channel"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"model": "alexnet"}, "resnet152, got 'alexnet'"),
         ({"model": "vgg11", "image_size": 16}, "vgg11 takes no images of 16 pixels"),
