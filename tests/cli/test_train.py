@@ -193,7 +193,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--root", "nowhere"], "--data digits comes with scikit-learn and excludes --root, got --root nowhere"),
         (["--device", ""], "device must be cpu, cuda or cuda:N, got ''"),
         (["--batch", "1", "--image-size", "32", "--device", "cpu"], "batch 1 of image_size 32: Expected more than 1"),
-        (["--seed", str(2**63)], "seed must be from 0"),
+        (["--seed", str(2**63)], "--seed: must be a whole number of at most"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(
