@@ -82,6 +82,14 @@ def _beside(path: Path) -> tuple[Path, Path]:
     return target, target.with_name(f".{target.name}.{os.getpid()}")
 
 
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What was, and what is; of options those alone that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        before, now = {key: before.get(key) for key in keys}, {key: now.get(key) for key in keys}
+    return f"{name} was {before}, is {now}"
+
+
 def write_atomically(path: Path, value: Any) -> None:
     """Writes JSON so that a reader, or a kill, finds the old file or the new one.
 
@@ -120,11 +128,12 @@ class Record:
             rows: dict[str, Row] = before["rows"]
             # A curve of `bench budget` has no status: it is there or not.
             begun = [row for row in rows.values() if row.get("status") == STARTED]
-            differing = [name for name in _SAME if before.get(name) != json.loads(json.dumps(header[name]))]
+            now = json.loads(json.dumps({name: header[name] for name in _SAME}))  # as the file holds it
+            differing = [name for name in _SAME if before.get(name) != now[name]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecordError(f"{path} cannot be resumed: it is not a record of a benchmark ({error})") from error
         if differing:
-            what = "; ".join(f"{name} was {before.get(name)}, is {header[name]}" for name in differing)
+            what = "; ".join(_difference(name, before.get(name), now[name]) for name in differing)
             raise RecordError(f"{path} cannot be resumed: {what}")
         for row in begun:
             row |= {"status": LOST, "message": "the process ended during this row: a hang or a lost device"}

@@ -241,6 +241,16 @@ def test_a_run_resumes_where_it_was_cut_off(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert ran == ["one", "two"]
     assert [row["status"] for row in rows.values()] == ["ok", "lost", "ok"]
+
+
+def test_a_run_with_other_options_is_not_resumed(tmp_path: Path) -> None:
+    """The text lists what differs, and nothing that is the same but for a tuple that JSON holds as a list."""
+    path = tmp_path / "record.json"
+    header = {"benchmark": "conv", "options": {"grid": (2, 2), "batch": 8}, "commit": "c", "machine": {}}
+    Record(header, path).put("row", {"status": "ok"})
+    Record(header, path, resume=True)
+    with pytest.raises(RecordError, match=r"resumed: options was \{'batch': 8\}, is \{'batch': 4\}$"):
+        Record({**header, "options": {"grid": (2, 2), "batch": 4}}, path, resume=True)
     with pytest.raises(RecordError, match="commit was c, is d"):
         Record({**header, "commit": "d"}, path, resume=True)
     path.write_text("{}")
