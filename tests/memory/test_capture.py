@@ -26,6 +26,8 @@ from tests.memory.graph_rules import require_valid
 from tests.split.models import ResNet, vgg
 
 LABELS = torch.tensor([1, 3])
+#: For autograd and operators on tensors that claim to lie on a GPU; there need be none.
+with_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch was built without CUDA")
 
 
 @pytest.fixture(autouse=True)
@@ -419,6 +421,7 @@ def test_gradients_of_poolings_are_laid_out_as_their_memory(pool: nn.Module) -> 
     assert gradient.out_call.args[1] == gradient.out_call.kwargs["grad_input"] == Write(0)
 
 
+@with_cuda
 def test_what_cudnn_keeps_for_the_backward_pass_has_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake operator returns an empty reserve, for which no memory was planned."""
     device = torch.device("cuda", 0)
@@ -601,6 +604,7 @@ def test_a_tensor_on_another_device_is_refused(action: Callable[..., Tensor], op
         capture(_Around(action), _images(8), loss=F.cross_entropy, targets=LABELS)
 
 
+@with_cuda
 @pytest.mark.parametrize(
     "output",
     [lambda y: y.mean().to("cuda:0"), lambda y: (y, y.detach().mean().to("cuda:0"))],
