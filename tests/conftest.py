@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # oneDNN reads this at its first use. Its bf16 kernels for AMX let unrelated memory into results where channels do not
-# fill a tile (uxlfoundation/oneDNN#5717), so that a machine that has AMX would fail tests at random.
+# fill a tile (uxlfoundation/oneDNN#5717), so that tests could fail at random on a machine that has AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
